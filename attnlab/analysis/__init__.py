@@ -1,0 +1,1 @@
+"""Only looks: attention statistics, charts and the self-contained report page."""

@@ -1,0 +1,1 @@
+"""After training: sampling rules and the jitted decode loop."""

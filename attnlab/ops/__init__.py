@@ -1,0 +1,24 @@
+"""Attention as pure functions of arrays: no parameters, no configuration.
+
+Layouts are [B, T, N, H] for queries and [B, S, K, H] for keys and values, K dividing N. Every op takes
+`implementation=`; `explain(op, ...)` says which one runs and why.
+"""
+
+from attnlab.ops import dispatch, sharding
+from attnlab.ops.alibi import alibi_slopes
+from attnlab.ops.dispatch import explain
+from attnlab.ops.rotary import rotary
+from attnlab.ops.sigmoid import sigmoid_attention
+from attnlab.ops.softmax import softmax_attention
+from attnlab.ops.weights import attention_weights
+
+__all__ = [
+    "alibi_slopes",
+    "attention_weights",
+    "dispatch",
+    "explain",
+    "rotary",
+    "sharding",
+    "sigmoid_attention",
+    "softmax_attention",
+]

@@ -1,0 +1,69 @@
+"""Names to implementations, without importing them: `get("mixer", "sigmoid")`.
+
+Three sources, in this order: names registered at run time, the table below, and the entry points of installed
+packages (group `attnlab.mixer`, `attnlab.model`, ...), so that another package can add a mixer without a change here:
+
+    from attnlab import registry
+    registry.register("mixer", "mine", MyMixer)            # or the string "my_package.mixers:MyMixer"
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import Any
+
+from attnlab.errors import ConfigError, nearest
+
+_TABLE: dict[str, dict[str, str]] = {
+    "mixer": {
+        "softmax": "attnlab.nn.softmax:SoftmaxAttention",
+        "sigmoid": "attnlab.nn.sigmoid:SigmoidAttention",
+    },
+    "model": {"lm": "attnlab.models.lm:LM"},
+    "task": {"language_modeling": "attnlab.methods.language_modeling:LanguageModeling"},
+}
+_registered: dict[str, dict[str, Any]] = {}
+
+
+def register(kind: str, name: str, target: Any = None):
+    """Registers `target` (an object or "module:symbol") under `name`; without a target it is a decorator.
+
+    Raises:
+        ConfigError: the name is taken by something else.
+    """
+    if target is None:
+        return lambda obj: register(kind, name, obj)
+    known = _registered.setdefault(kind, {})
+    taken = known.get(name, _TABLE.get(kind, {}).get(name))
+    if taken is not None and taken != target:
+        raise ConfigError(f"{kind} {name!r} is already registered as {taken!r}. Choose another name.")
+    known[name] = target
+    return target
+
+
+def names(kind: str) -> list[str]:
+    """Returns all known names of a kind, sorted."""
+    return sorted({*_TABLE.get(kind, {}), *_registered.get(kind, {}), *_entry_points(kind)})
+
+
+def get(kind: str, name: str) -> Any:
+    """Returns the object behind a name, importing it on first use.
+
+    Raises:
+        ConfigError: unknown kind or name (with the nearest known one).
+    """
+    target = _registered.get(kind, {}).get(name) or _TABLE.get(kind, {}).get(name)
+    if target is None:
+        entry_point = _entry_points(kind).get(name)
+        if entry_point is None:
+            raise ConfigError(f"unknown {kind} {name!r}: {nearest(name, names(kind))}")
+        return entry_point.load()
+    if isinstance(target, str):
+        module, _, symbol = target.partition(":")
+        return getattr(importlib.import_module(module), symbol)
+    return target
+
+
+def _entry_points(kind: str) -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=f"attnlab.{kind}")}

@@ -1,0 +1,88 @@
+"""The folder of a run: made once, checked at every start."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import ml_collections
+
+from attnlab.errors import ConfigError
+from attnlab.training import config as config_lib
+
+CONFIG_FILE = "config.json"
+RUN_FILE = "run.json"
+
+
+def prepare(workdir: str, config: ml_collections.ConfigDict, *, write: bool) -> list[str]:
+    """Makes the folder, checks that it can be written and that it holds this config's run, and records the config.
+
+    Args:
+        write: whether this process writes (process 0).
+
+    Returns:
+        Notes on fields that changed since the run began and may change.
+
+    Raises:
+        ConfigError: it cannot be written, or it holds a run of another config.
+    """
+    path = pathlib.Path(workdir)
+    file = path / CONFIG_FILE
+    notes = []
+    if file.exists():
+        saved = read_config(workdir)
+        different = config_lib.differences(saved, config)
+        if different:
+            lines = [f"  config.{field}: the run has {old!r}, now {new!r}" for field, old, new in different]
+            raise ConfigError(
+                f"--workdir={workdir} holds a run of another config. Use the same values, or another --workdir.\n"
+                + "\n".join(lines[:8])
+                + (f"\n  and {len(lines) - 8} more" if len(lines) > 8 else "")
+            )
+        old, new = dict(config_lib.flatten(saved)), dict(config_lib.flatten(config))
+        notes = [f"config.{field}: {old.get(field)!r} -> {new[field]!r}" for field in sorted(new) if old.get(field) != new[field]]
+    if write:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, config_lib.to_json(config))
+        except OSError as error:
+            raise ConfigError(
+                f"--workdir={workdir} cannot be written ({error.strerror}). Choose a folder that you may write to."
+            ) from error
+    return notes
+
+
+def read_config(workdir: str) -> ml_collections.ConfigDict:
+    """Reads `<workdir>/config.json`.
+
+    Raises:
+        ConfigError: there is no run in the folder.
+    """
+    file = pathlib.Path(workdir) / CONFIG_FILE
+    try:
+        return config_lib.from_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--workdir={workdir} holds no run ({CONFIG_FILE} is missing). Train one first.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is damaged ({error}). Restore it, or start over in another --workdir.") from None
+
+
+def record_run(workdir: str, facts: dict[str, Any]) -> None:
+    """Writes `<workdir>/run.json`: what the run was made of (data hash, versions, devices, parameters)."""
+    write_atomic(pathlib.Path(workdir) / RUN_FILE, json.dumps(facts, indent=1, sort_keys=True) + "\n")
+
+
+def write_atomic(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a reader or a kill never meets half of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

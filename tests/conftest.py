@@ -1,0 +1,73 @@
+"""Shared by all tests: the CPU backend, small folders of text, and Python in a process of its own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+# Before jax is imported by any test: no accelerator, and quiet C++ logs of compilers that look for one.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> pathlib.Path:
+    """One folder for prepared data sets and compiled programs, shared by the processes that tests start."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def run_python(cache_dir):
+    """Runs a script (`["train.py", "--config=..."]`) or code (`["-c", code]`) in its own process, at the project's root.
+
+    Returns the finished process with its output as text. `devices` forces that many host devices.
+    """
+
+    def run(arguments, *, devices=1, env=None, timeout=300, check=True):
+        process = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=environment(cache_dir, devices) | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if check and process.returncode:
+            raise AssertionError(f"exit {process.returncode}\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
+        return process
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def start_python(cache_dir):
+    """Like `run_python`, but returns the running process (stdout and stderr in one pipe)."""
+
+    def start(arguments, *, devices=1, env=None):
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=environment(cache_dir, devices) | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def environment(cache_dir, devices=1):
+    return {
+        **os.environ,
+        "PYTHONPATH": os.fspath(ROOT),
+        "XDG_CACHE_HOME": os.fspath(cache_dir),
+        "JAX_COMPILATION_CACHE_DIR": os.fspath(cache_dir / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
