@@ -22,7 +22,7 @@ def palette() -> np.ndarray:
     for i in range(LEVELS):
         t = i / (LEVELS - 1)
         lightness = 0.975 - 0.715 * t
-        chroma = 0.025 + 0.105 * math.sin(math.pi * min(1.0, 0.12 + 0.68 * t))
+        chroma = 0.012 + 0.118 * math.sin(math.pi * (0.04 + 0.76 * t))
         hue = math.radians(105 + 165 * t**0.8)
         colours.append(_oklch_to_rgb(lightness, chroma, hue))
     return np.array(colours, np.uint8)

@@ -296,7 +296,7 @@ def _heads(views: HeadViews, several: bool) -> str:
         f'<section id="heads"><h2>Heads</h2><p class="note">Means over {len(views.labels)} queries, one dot per head, the '
         f"line joins the layers' means. {normalised}</p>"
         f'<div class="grid3">{"".join(charts)}</div>'
-        '<h3 style="margin-top:34px">Where the mass goes, by distance</h3><p class="note">Darker is more; point at a '
+        '<h3 style="margin-top:34px">Where the mass goes, by distance</h3><p class="note">Stronger colour is more; point at a '
         f'field for its share.</p><div class="scroll">{profile}</div>'
         '<details><summary>All heads as a table (click a heading to sort)</summary><div class="scroll">'
         f'<table class="sortable"><thead><tr><th>head</th>{"<th>mixer</th>" if several else ""}{header}</tr></thead>'

@@ -23,7 +23,9 @@ class LanguageModeling:
     """
 
     def __init__(self, config: ml_collections.ConfigDict, vocab_size: int):
-        self.model = registry.get("model", config.model.name).from_config(config.model, vocab_size)
+        self.model = registry.get("model", config.model.name).from_config(
+            config.model, vocab_size, config.seq_len
+        )
         self.vocab_size = vocab_size
         self.batch_size, self.seq_len = config.batch_size, config.seq_len
         self.packed = config.data.packing == "packed"
@@ -85,14 +87,11 @@ class LanguageModeling:
     def flops_per_step(self, params: Any) -> float:
         """6 FLOPs per matrix parameter and token, plus what the mixers do over the sequence (forward and twice backward)."""
         tokens = self.batch_size * self.seq_len
-        return tokens * 3.0 * self.model.forward_flops_per_token(self.seq_len)
+        return tokens * 3.0 * self.model.forward_flops_per_token(params, self.seq_len)
 
     def _structure(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Packed rows carry their own positions, segments and padding; plain windows are whole."""
-        if not self.packed:
-            return {}
-        segments = batch["segment_ids"]
-        return {"segment_ids": segments, "positions": batch["positions"], "mask": segments > 0}
+        """Packed rows carry their own positions and segments (0 is padding); plain windows are whole."""
+        return {name: batch[name] for name in ("segment_ids", "positions")} if self.packed else {}
 
     def _sums(self, params: Any, collections: Variables, features: jax.Array, batch: dict[str, jax.Array]):
         """Sums of the cross-entropy over tokens, in chunks of the sequence so that [B, T, V] need not exist at once."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -56,7 +57,8 @@ SHARDING_RULES = (
 )
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 _COMMON_MIXER_FIELDS = {
-    "dim", "num_heads", "num_kv_heads", "head_dim", "dtype", "param_dtype", "parent", "name", "capture_attention",
+    "dim", "num_heads", "num_kv_heads", "head_dim", "dtype", "param_dtype", "parent", "name", "train_length",
+    "capture_attention",
 }  # fmt: skip
 
 
@@ -135,18 +137,21 @@ def mixer_options() -> ml_collections.ConfigDict:
     options = ml_collections.ConfigDict()
     for name in registry.names("mixer"):
         module = registry.get("mixer", name)
-        hints = typing.get_type_hints(module)
         options[name] = ml_collections.ConfigDict()
         for field in dataclasses.fields(module):
             if field.name in _COMMON_MIXER_FIELDS or field.default is dataclasses.MISSING or callable(field.default):
                 continue
             default = field.default
-            options[name][field.name] = _placeholder(hints[field.name]) if default is None else default
+            options[name][field.name] = _placeholder(module, field.name) if default is None else default
     return options
 
 
-def _placeholder(hint: Any) -> Any:
+def _placeholder(module: type, name: str) -> Any:
     """A field that is None until set: ml_collections wants to know the type that it may take."""
+    owner = next(cls for cls in module.__mro__ if name in vars(cls).get("__annotations__", {}))
+    hint = owner.__annotations__[name]
+    if isinstance(hint, str):
+        hint = eval(hint, vars(sys.modules[owner.__module__]))
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     hint = typing.get_origin(hint) or hint
@@ -277,10 +282,9 @@ def _one_of(field: str, value: str, known: Any) -> None:
 
 
 def _validate_remat(name: str) -> None:
-    from jax import checkpoint_policies  # flags are parsed before jax is needed
+    from attnlab.models.lm import REMAT_POLICIES  # flags are parsed before jax is needed
 
-    policies = [policy for policy in dir(checkpoint_policies) if not policy.startswith("_")]
-    _one_of("model.remat", name, ["none", "full", "dots", *policies])
+    _one_of("model.remat", name, REMAT_POLICIES)
 
 
 def _validate_heads(model: ml_collections.ConfigDict) -> None:

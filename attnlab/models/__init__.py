@@ -1,0 +1,1 @@
+"""Whole networks: an embedding, a stack of blocks, a head."""
