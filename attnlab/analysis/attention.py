@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnlab.errors import ConfigError, field_error
+from attnlab.models.lm import LM, attention_maps
 
 STATISTICS = (
     "entropy",
@@ -133,7 +133,7 @@ def head_statistics(weights: jax.Array, query_mask: jax.Array | None = None) -> 
 
 
 def capture(
-    model: nn.Module,
+    model: LM,
     variables: Any,
     tokens: jax.Array | np.ndarray,
     *,
@@ -143,7 +143,7 @@ def capture(
     """Runs the model once and returns its attention maps, recomputed by the reference op from the same q and k.
 
     Args:
-        model: an unbound language model whose mixers sow `attention` to `intermediates` when `capture_attention` is set.
+        model: an unbound `models.lm.LM`; the maps are the same whatever its `capture_attention`.
         variables: its variables.
         tokens: [B, T] int32; T of some hundreds at most (the maps hold L * B * N * T * T floats while captured).
         layers: layer numbers, negative ones from the end; None = all that have maps.
@@ -170,6 +170,23 @@ def capture(
     heads = [_index("heads", head, min(maps[layer].shape[1] for layer in layers)) for head in heads]
     chosen = np.stack([maps[layer][:, heads] for layer in layers])
     return AttentionMaps(chosen, tuple(layers), tuple(heads), tuple(names[layer] for layer in layers))
+
+
+def layer_mixers(model: LM) -> tuple[str, ...]:
+    """The pattern entry (the mixer's name or alias) of each layer."""
+    entries = model.entries()
+    return tuple(entries[layer % len(entries)] for layer in range(model.num_layers))
+
+
+def _layer_maps(model: LM, variables: Any, tokens: jax.Array) -> list[np.ndarray | None]:
+    """One [B, N, T, T] per layer, None where the mixer has no attention weights."""
+    capturing = model.clone(capture_attention=True)
+
+    def sown(variables, tokens):
+        _, updated = capturing.apply(variables, tokens, method="features", mutable=["intermediates"])
+        return attention_maps(capturing, updated.get("intermediates", {}))
+
+    return [None if found is None else np.asarray(found) for found in jax.jit(sown)(variables, tokens)]
 
 
 def _index(field: str, index: int, size: int) -> int:

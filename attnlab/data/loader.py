@@ -1,8 +1,8 @@
 """Batches by Grain: seeded shuffling per epoch, the rows of this process, workers, and a state of a few numbers.
 
-Batch s of a run is a function of (data, seed, s): row j of it is row `order(s * batch_size + j)`, whatever the number of
-processes or workers. So the state is the number of the next batch, resuming reads nothing again, and a run may go on with
-another number of processes or workers.
+Batch s of a run is a function of (data, seed, s): row j of it is row `order(s * batch_size + j)`, whatever the number
+of processes or workers. So the state is the number of the next batch, resuming reads nothing again, and a run may go on
+with another number of processes or workers.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _PREFETCH = 4  # batches ready ahead of the step
 class Loader:
     """Iterator over the batches of one split, for one process of `shard_count`.
 
-    Yields dicts of numpy arrays of the local batch b = batch_size // shard_count: `inputs`, `targets` int32 [b, T], `mask`
-    bool [b, T] (True = counts in the loss), `record` int64 [b] (epoch * rows per epoch + row, -1 = padding row) and, when
-    packed, `segment_ids` (0 = padding) and `positions` int32 [b, T].
+    Yields dicts of numpy arrays of the local batch b = batch_size // shard_count: `inputs`, `targets` int32 [b, T],
+    `mask` bool [b, T] (True = counts in the loss), `record` int64 [b] (epoch * rows per epoch + row, -1 = padding row)
+    and, when packed, `segment_ids` (0 = padding) and `positions` int32 [b, T].
 
     Args:
         rows: random access to the rows of the split.
@@ -37,7 +37,8 @@ class Loader:
         batch_size: global number of rows per batch.
         seed: seed of the order.
         shuffle: a new order per epoch, or the order of the data.
-        repeat: endless epochs, a batch may span two; else one epoch whose last batch is filled up with rows of mask False.
+        repeat: endless epochs, a batch may span two; else one epoch whose last batch is filled up with rows of mask
+            False.
         shard_index, shard_count: this process and the number of processes.
         workers: processes that prepare batches; 0 = a thread.
         describe_row: names the text of a record.
@@ -66,7 +67,9 @@ class Loader:
             fix = f"Use a positive multiple of {shard_count}"
             raise field_error("config.batch_size", batch_size, f"it does not divide over {shard_count} processes", fix)
         if workers < 0:
-            raise field_error("config.data.workers", workers, "negative", "Use 0 for threads only, or a number of processes")
+            raise field_error(
+                "config.data.workers", workers, "negative", "Use 0 for threads only, or a number of processes"
+            )
         self._identity = {
             **identity,
             "seq_len": rows.seq_len,
@@ -75,7 +78,9 @@ class Loader:
             "shuffle": bool(shuffle),
             "repeat": bool(repeat),
         }
-        self._batches = _Batches(rows, batch_size, seed, shuffle, repeat, shard_index, shard_count, str(identity["split"]))
+        self._batches = _Batches(
+            rows, batch_size, seed, shuffle, repeat, shard_index, shard_count, str(identity["split"])
+        )
         self._workers = workers
         self._describe_row = describe_row
         self._step = 0
@@ -124,7 +129,12 @@ class Loader:
 
     def get_state(self) -> dict[str, Any]:
         """Returns what `set_state` takes: JSON-able, the same in every process, independent of workers."""
-        return {"version": _STATE_VERSION, "step": self._step, "fingerprint": self.fingerprint, "of": dict(self._identity)}
+        return {
+            "version": _STATE_VERSION,
+            "step": self._step,
+            "fingerprint": self.fingerprint,
+            "of": dict(self._identity),
+        }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes to where `get_state` was called; the next batch is the one that would have followed.
@@ -132,8 +142,14 @@ class Loader:
         Raises:
             ConfigError: the state belongs to other data or another order (names what differs).
         """
-        if not isinstance(state, Mapping) or state.get("version") != _STATE_VERSION or not isinstance(state.get("step"), int):
-            raise ConfigError("the data iterator's state in the checkpoint is not one of this version. Start a new workdir.")
+        if (
+            not isinstance(state, Mapping)
+            or state.get("version") != _STATE_VERSION
+            or not isinstance(state.get("step"), int)
+        ):
+            raise ConfigError(
+                "the data iterator's state in the checkpoint is not of this version. Start a new workdir."
+            )
         if state.get("fingerprint") != self.fingerprint:
             theirs = state.get("of", {})
             changed = [
@@ -155,7 +171,7 @@ class Loader:
         return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
 
     def describe(self, batch: Mapping[str, Any]) -> str:
-        """Returns one sentence for people that identifies a batch: data, epoch, records, first texts, hash of the tokens."""
+        """Returns one sentence that identifies a batch: data, epoch, records, first texts, hash of the tokens."""
         records = np.asarray(batch["record"]).tolist()
         real = [record for record in records if record >= 0]
         tokens = np.ascontiguousarray(np.asarray(batch["inputs"], np.int32))
@@ -210,7 +226,7 @@ class _From:
 
     def __len__(self) -> int:
         total = self._batches.total
-        return (sys.maxsize // 2 if total is None else max(total - self._first, 0))
+        return sys.maxsize // 2 if total is None else max(total - self._first, 0)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self._batches[self._first + int(index)]

@@ -126,22 +126,23 @@ class FileSource:
     def __init__(self, config, path: str):
         self.name = f"text:{path}"
         self._files = _text_files(path)
-        self._skip = storage.option(config, "errors", "strict") == "skip"
-        self._check_errors_field(config)
+        skip = checked_errors(config) == "skip"
         undecodable: list[str] = []
 
         def read(relative: str) -> bytes | None:
             try:
                 content = self._files[relative].read_bytes()
             except OSError as error:
-                raise field_error(_FIELD, self.name, f"{relative} cannot be read ({error.strerror})", "Check it") from error
+                raise field_error(
+                    _FIELD, self.name, f"{relative} cannot be read ({error.strerror})", "Check it"
+                ) from error
             if not is_text(content):
                 undecodable.append(relative)
                 return None
             return content
 
         plan = splitting.split_files(self._files, read)
-        if undecodable and not self._skip:
+        if undecodable and not skip:
             first = ", ".join(undecodable[:3]) + (", ..." if len(undecodable) > 3 else "")
             raise field_error(
                 _FIELD,
@@ -162,13 +163,6 @@ class FileSource:
         self.notes = tuple(self._notes(plan, len(undecodable)))
 
     @staticmethod
-    def _check_errors_field(config) -> None:
-        errors = storage.option(config, "errors", "strict")
-        if errors not in ("strict", "skip"):
-            hint = nearest(str(errors), ("strict", "skip"))
-            raise field_error("config.data.errors", errors, f"unknown, {hint}", 'Use "strict" or "skip"')
-
-    @staticmethod
     def _notes(plan: splitting.SplitPlan, undecodable: int) -> Iterator[str]:
         if plan.by_range:
             yield (
@@ -186,6 +180,15 @@ class FileSource:
         """Yields the parts of the files that belong to a split."""
         for part in self._parts[split]:
             yield Document(part.path, part.start, self._files[part.path].read_bytes()[part.start : part.stop])
+
+
+def checked_errors(config) -> str:
+    """Returns config.data.errors: "strict" (text that is not UTF-8 is an error) or "skip" (it is left out)."""
+    errors = storage.option(config, "errors", "strict")
+    if errors not in ("strict", "skip"):
+        hint = nearest(str(errors), ("strict", "skip"))
+        raise field_error("config.data.errors", errors, f"unknown, {hint}", 'Use "strict" or "skip"')
+    return errors
 
 
 def is_text(content: bytes) -> bool:
@@ -231,5 +234,3 @@ def _fingerprint(kind: str, version: object, plan: splitting.SplitPlan) -> str:
         for part in plan.parts[split]:
             digest.update(f"{split} {part.path} {part.start} {part.stop}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-

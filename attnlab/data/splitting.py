@@ -1,8 +1,8 @@
 """Splits files into train, validation and test so that nothing of one leaks into another.
 
-Identical files are kept once. Near-identical files (at least half of their distinct non-blank lines in common, estimated
-by MinHash) form a group and a group goes to one split as a whole. Groups are taken in the order of a hash of their first
-path, so the split does not depend on the machine, and small changes of the files move few of them.
+Identical files are kept once. Near-identical files (at least half of their distinct non-blank lines in common,
+estimated by MinHash) form a group and a group goes to one split as a whole. Groups are taken in the order of a hash of
+their first path, so the split does not depend on the machine, and small changes of the files move few of them.
 """
 
 from __future__ import annotations

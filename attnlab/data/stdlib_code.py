@@ -110,7 +110,7 @@ class StdlibCode(tfds.core.GeneratorBasedBuilder):
 
 
 def prepared_builder(data_dir: Path) -> tfds.core.DatasetBuilder:
-    """Returns the builder, prepared in array_record format below `data_dir`, by one process of the machine at a time."""
+    """Returns the builder, prepared in array_record format below `data_dir` (by one process at a time)."""
     plan = split_plan()
     with quiet():
         builder = StdlibCode(

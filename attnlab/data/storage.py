@@ -30,8 +30,8 @@ def option(config, field: str, default):
 def cache_dir(config) -> Path:
     """Returns the folder of derived data.
 
-    `config.data.dir` when it is set, except for `tfds:` sets, where that field says where the (often read-only) prepared
-    sets lie; else `$XDG_CACHE_HOME/attnlab`, else `~/.cache/attnlab`.
+    `config.data.dir` when it is set, except for `tfds:` sets, where that field says where the (often read-only)
+    prepared sets lie; else `$XDG_CACHE_HOME/attnlab`, else `~/.cache/attnlab`.
     """
     given = option(config, "dir", "")
     if given and not str(option(config, "name", "stdlib")).startswith("tfds:"):

@@ -11,6 +11,7 @@ from attnlab.data import corpus, storage
 from attnlab.data.loader import Loader
 from attnlab.data.packing import PACKINGS, PackedRows, Rows, WindowRows
 from attnlab.data.sources import Source, SplitInfo, open_source
+from attnlab.data.streaming import StreamedRows
 from attnlab.data.tokenizers import Tokenizer, vocab_size_of
 from attnlab.errors import field_error, nearest
 
@@ -48,13 +49,15 @@ class TextData:
     ) -> Loader:
         """Returns the batches of a split; the arguments are those of `Loader`.
 
-        With repeat=False every token of the split is predicted exactly once (of a streamed set: every row is read once).
+        With repeat=False every token of the split is predicted exactly once (streamed sets: every row is read once).
 
         Raises:
             ConfigError: unknown split, bad sizes, or a split too small for one row.
         """
         if split not in self.splits:
-            raise field_error("split", split, f"unknown split of {self.name}, {nearest(split, self.splits)}", "Name one of them")
+            raise field_error(
+                "split", split, f"unknown split of {self.name}, {nearest(split, self.splits)}", "Name one of them"
+            )
         if seq_len < 1:
             raise field_error("config.seq_len", seq_len, "a row needs at least one token", "Use a positive length")
         rows = self._rows(split, seq_len, keep_partial=not repeat, shuffle=shuffle, seed=seed)
@@ -87,11 +90,22 @@ class TextData:
 
     def _rows(self, split: str, seq_len: int, *, keep_partial: bool, shuffle: bool, seed: int) -> Rows:
         eos = self.tokenizer.eos_id
+        if self._source.streamed:
+            return StreamedRows(
+                self._source.reader(split),
+                self.tokenizer,
+                seq_len,
+                packed=self._packing == "packed",
+                random_crops=seed if shuffle else None,
+                keep_partial=keep_partial,
+            )
         if self._packing == "packed":
             return PackedRows(self._tokens[split], seq_len, eos)
         return WindowRows(self._tokens[split], seq_len, eos, keep_partial)
 
     def _describe(self, split: str, rows: Rows, record: int) -> str:
+        if isinstance(rows, StreamedRows):
+            return rows.describe(record)
         tokens, places = self._tokens[split], []
         for document, first, last in rows.spans(record)[:3]:
             name, start = tokens.name(document)
@@ -122,7 +136,9 @@ def _checked_packing(config) -> str:
     packing = str(storage.option(config, "packing", "windows"))
     if packing not in PACKINGS:
         names = ", ".join(f'"{name}"' for name in PACKINGS)
-        raise field_error("config.data.packing", packing, f"unknown, {nearest(packing, PACKINGS)}", f"Use one of {names}")
+        raise field_error(
+            "config.data.packing", packing, f"unknown, {nearest(packing, PACKINGS)}", f"Use one of {names}"
+        )
     return packing
 
 
@@ -138,7 +154,7 @@ def open_text(config) -> TextData:
     source = open_source(config)
     cache = storage.cache_dir(config)
     tokenizer = corpus.open_tokenizer(spec, source, cache)
-    tokens = corpus.open_tokens(source, tokenizer, cache)
+    tokens = None if source.streamed else corpus.open_tokens(source, tokenizer, cache)
     return TextData(source, tokenizer, packing, int(storage.option(config, "workers", 0)), tokens)
 
 
@@ -149,7 +165,11 @@ def batch_spec(config) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         ConfigError: unknown config.data.packing.
     """
     shape = (int(config.batch_size), int(config.seq_len))
-    spec = {"inputs": (shape, np.dtype(np.int32)), "targets": (shape, np.dtype(np.int32)), "mask": (shape, np.dtype(bool))}
+    spec = {
+        "inputs": (shape, np.dtype(np.int32)),
+        "targets": (shape, np.dtype(np.int32)),
+        "mask": (shape, np.dtype(bool)),
+    }
     if _checked_packing(config) == "packed":
         spec |= {"segment_ids": (shape, np.dtype(np.int32)), "positions": (shape, np.dtype(np.int32))}
     return {**spec, "record": (shape[:1], np.dtype(np.int64))}

@@ -133,7 +133,9 @@ def vocab_size_of(spec: str) -> int:
     kind, _, size = str(spec).partition(":")
     if kind != "bpe" or not size.isdecimal():
         hint = nearest(kind, ("bytes", "bpe")) if kind != "bpe" else "the vocabulary size is missing"
-        raise field_error(_FIELD, spec, f"unknown tokenizer, {hint}", 'Use "bytes" or "bpe:VOCAB", for example "bpe:4096"')
+        raise field_error(
+            _FIELD, spec, f"unknown tokenizer, {hint}", 'Use "bytes" or "bpe:VOCAB", for example "bpe:4096"'
+        )
     if int(size) < 257:
         raise field_error(_FIELD, spec, "256 bytes and a separator do not fit", "Use a vocabulary of at least 257")
     return int(size)

@@ -22,6 +22,20 @@ from attnlab.errors import ConfigError, field_error
 from attnlab.inference.sampling import Sampler, draw, make_sampler
 
 
+class Static:
+    """A model as a static argument of `jax.jit`: equal models share a program, also those with fields that do not hash."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._key = (type(model), repr(model))
+
+    def __hash__(self):
+        return hash(self._key)
+
+    def __eq__(self, other):
+        return isinstance(other, Static) and self._key == other._key
+
+
 class Generation(NamedTuple):
     """What `generate` returns.
 
@@ -88,13 +102,14 @@ def generate(
     rng = jax.random.key(0) if rng is None else rng
     prefill_key, loop_key = jax.random.split(rng)
     numbers = (np.float32(sampler.temperature), np.int32(sampler.top_k), np.float32(sampler.top_p))
+    static = Static(model)
     shape_of_rule = sampler._replace(temperature=0.0, top_k=0, top_p=1.0)  # the numbers are arguments, not constants
     token, cache = prefill(
-        model, variables, prompt, mask, prefill_key, numbers, sampler=shape_of_rule, cache_len=cache_len,
+        static, variables, prompt, mask, prefill_key, numbers, sampler=shape_of_rule, cache_len=cache_len,
         vocab_size=vocab_size,
     )  # fmt: skip
     tokens, lengths, _ = decode_loop(
-        model, variables, cache, token, mask.sum(axis=1, dtype=np.int32), loop_key, numbers, sampler=shape_of_rule,
+        static, variables, cache, token, mask.sum(axis=1, dtype=np.int32), loop_key, numbers, sampler=shape_of_rule,
         max_new_tokens=max_new_tokens, eos_id=eos_id, vocab_size=vocab_size,
     )  # fmt: skip
     return Generation(tokens, lengths)
@@ -102,9 +117,10 @@ def generate(
 
 @partial(jax.jit, static_argnums=0, static_argnames=("sampler", "cache_len", "vocab_size"))
 def prefill(
-    model: nn.Module, variables, prompt, mask, key, numbers, *, sampler: Sampler, cache_len: int, vocab_size: int | None
+    static: Static, variables, prompt, mask, key, numbers, *, sampler: Sampler, cache_len: int, vocab_size: int | None
 ):
     """Runs left-padded prompts [B, P] into a new cache; returns the first new token [B] and the cache."""
+    model = static.model
     positions = jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, -1)
     cache = model.init_cache(prompt.shape[0], cache_len)
     features, cache = model.apply(
@@ -121,7 +137,7 @@ def prefill(
     donate_argnames=("cache",),
 )
 def decode_loop(
-    model: nn.Module,
+    static: Static,
     variables,
     cache,
     token,
@@ -142,7 +158,7 @@ def decode_loop(
     Returns:
         (tokens [B, max_new_tokens], lengths [B], cache).
     """
-    batch = token.shape[0]
+    model, batch = static.model, token.shape[0]
     filler = 0 if eos_id is None else eos_id
     tokens = jnp.full((batch, max_new_tokens), filler, jnp.int32).at[:, 0].set(token)
     done = jnp.zeros(batch, bool) if eos_id is None else token == eos_id

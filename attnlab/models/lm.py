@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attnlab import registry
-from attnlab.errors import ConfigError
+from attnlab.errors import ConfigError, nearest
 from attnlab.nn.block import Block
-from attnlab.nn.norm import NORMS
+from attnlab.nn.norm import norm_of
 from attnlab.nn.partitioning import constrain
 from attnlab.nn.projection import Embedding, Projection
 
@@ -62,8 +62,17 @@ class Group(nn.Module):
 class LM(nn.Module):
     """Embedding, blocks (norm, mixer, norm, MLP), final norm, head.
 
-    Parameters: `embed`, `layers` (the turns of the pattern, stacked along a leading axis when `scan_layers`), `tail` (the
-    layers left over when the pattern does not divide `num_layers`), `final_norm`, `head` (unless tied).
+    Layer l has the mixer `pattern[l % P]`, P the length of the pattern; R = num_layers // P. Parameters and sown
+    collections:
+
+        embed                                        [V, D]
+        layers/blocks_{p}/{mixer, mixer_norm, ...}   layers p, p + P, ...: every leaf stacked [R, ...]
+        tail/blocks_{p}/{mixer, ...}                 layer R P + p, where the pattern does not divide `num_layers`
+        final_norm, output                           [D], [D, V] (unless tied)
+
+    Without `scan_layers`, "layers" becomes "layers_0" .. "layers_{R-1}" with leaves as they are. With
+    `capture_attention` and `apply(..., mutable=["intermediates"])` every attention mixer sows `attention`, a tuple of
+    one array [B, N, T, S] (stacked [R, B, N, T, S] under "layers"); `attention_maps` puts them in order.
 
     Attributes:
         vocab_size: V.
@@ -74,8 +83,8 @@ class LM(nn.Module):
         head_dim: H of attention mixers; 0 = D / N.
         mixer: name of the mixer of every layer.
         pattern: names of mixers that repeat over the layers; wins over `mixer`.
-        mixer_options: pattern entry -> keyword arguments of its mixer. An entry that is no mixer's name is an alias: its
-            options say which one by `mixer`, for example `{"local": {"mixer": "softmax", "window": 128}}`.
+        mixer_options: pattern entry -> keyword arguments of its mixer. An entry that is no mixer's name is an alias:
+            its options say which one by `mixer`, for example `{"local": {"mixer": "softmax", "window": 128}}`.
         train_length: the sequence length trained with, for mixers that have such a constant.
         scan_layers: one compiled layer, scanned; else one after another. The same numbers.
         remat: name of `REMAT_POLICIES`.
@@ -111,20 +120,23 @@ class LM(nn.Module):
         skipped = {"name", "vocab_size", "mixer_options"}
         fields = {name: model[name] for name in model.keys() if name not in skipped}  # noqa: SIM118 (ConfigDict)
         entries = tuple(model.pattern) or (model.mixer,)
-        options = {
-            entry: dict(model.mixer_options[entry].items()) for entry in entries if entry in model.mixer_options
-        }
+        options = {entry: dict(model.mixer_options[entry].items()) for entry in entries if entry in model.mixer_options}
         fields |= {name: jnp.dtype(model[name]) for name in ("dtype", "param_dtype")}
         fields["pattern"] = tuple(model.pattern)
         return cls(vocab_size=vocab_size, train_length=train_length, mixer_options=options, **fields)
 
-    def setup(self):
+    def setup(self) -> None:
+        """Declares the parts; called by flax."""
         entries = self.entries()
         turns, left = divmod(self.num_layers, len(entries))
         group = Group
+        if self.remat not in REMAT_POLICIES:
+            raise ConfigError(f"remat = {self.remat!r}: unknown, {nearest(self.remat, REMAT_POLICIES)}")
         if REMAT_POLICIES[self.remat] is not None:
             # 0 is self, 6 is `deterministic`
-            group = nn.remat(Group, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers, static_argnums=(6,))
+            group = nn.remat(
+                Group, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers, static_argnums=(6,)
+            )
         self.embed = Embedding(self.vocab_size, self.dim, self.dtype, self.param_dtype)
         if turns and self.scan_layers:
             scanned = nn.scan(
@@ -140,9 +152,11 @@ class LM(nn.Module):
             self.layers = [group(self._blocks(entries)) for _ in range(turns)]
         if left:
             self.tail = group(self._blocks(entries[:left]))
-        self.final_norm = NORMS[self.norm](param_dtype=self.param_dtype)
+        self.final_norm = norm_of(self.norm)(param_dtype=self.param_dtype)
         if not self.tie_embeddings:
-            self.output = Projection((self.dim, self.vocab_size), ("embed", "vocab"), dtype=self.dtype, param_dtype=self.param_dtype)
+            self.output = Projection(
+                (self.dim, self.vocab_size), ("embed", "vocab"), dtype=self.dtype, param_dtype=self.param_dtype
+            )
 
     def __call__(
         self,
@@ -233,7 +247,7 @@ class LM(nn.Module):
 
     @nn.nowrap
     def forward_flops_per_token(self, params: Any, length: int) -> float:
-        """Forward FLOPs per token: twice the parameters that multiply (the head too, the lookup not), and the mixers'."""
+        """Forward FLOPs per token: twice the parameters that multiply (the head, not the lookup), and the mixers'."""
         sizes = sum(leaf.size for leaf in jax.tree.leaves(params))
         if not self.tie_embeddings:
             sizes -= self.vocab_size * self.dim

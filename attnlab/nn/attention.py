@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from attnlab.errors import ConfigError
 from attnlab.nn.mixer import KVCache, check_kv_cache, extend_kv_cache, init_kv_cache
-from attnlab.nn.norm import LayerNorm, RMSNorm
+from attnlab.nn.norm import norm_of
 from attnlab.nn.partitioning import constrain
 from attnlab.nn.projection import Projection
 from attnlab.ops.alibi import alibi_slopes
@@ -20,7 +20,8 @@ from attnlab.ops.rotary import rotary
 class DenseAttention(nn.Module):
     """Base of the dense attention mixers; a subclass says how scores become weights.
 
-    Parameters: `query` [D, N, H], `key` and `value` [D, K, H], `out` [N, H, D], with QK-norm `query_norm` and `key_norm` [H].
+    Parameters: `query` [D, N, H], `key` and `value` [D, K, H], `out` [N, H, D], and with QK-norm `query_norm` and
+    `key_norm` [H].
 
     Attributes:
         dim: D.
@@ -38,7 +39,8 @@ class DenseAttention(nn.Module):
         proj_bias: biases in the projections.
         dropout: of the weights, and of the result.
         implementation: of the op; None = the best that can run.
-        capture_attention: sow the weights to `intermediates`.
+        capture_attention: sow `attention`, the weights, and `attended` [B, T, N, H], weights times values, to
+            `intermediates`.
     """
 
     dim: int
@@ -77,12 +79,18 @@ class DenseAttention(nn.Module):
         """
         kv_heads = self.num_kv_heads or self.num_heads
         if self.num_heads % kv_heads:
-            raise ConfigError(f"num_kv_heads = {kv_heads}: does not divide num_heads = {self.num_heads}. Choose a divisor.")
+            raise ConfigError(
+                f"num_kv_heads = {kv_heads}: does not divide num_heads = {self.num_heads}. Choose a divisor."
+            )
         if not self.head_dim and self.dim % self.num_heads:
-            raise ConfigError(f"num_heads = {self.num_heads}: does not divide dim = {self.dim}. Choose a divisor, or set head_dim.")
+            raise ConfigError(
+                f"num_heads = {self.num_heads}: does not divide dim = {self.dim}. Choose a divisor, or set head_dim."
+            )
         head_dim = self.head_dim or self.dim // self.num_heads
         if self.rope and head_dim % 2:
-            raise ConfigError(f"head_dim = {head_dim}: rotary embedding needs an even head width. Change it or set rope=False.")
+            raise ConfigError(
+                f"head_dim = {head_dim}: rotary embedding needs an even head width. Change it or set rope=False."
+            )
         return kv_heads, head_dim
 
     @nn.nowrap
@@ -125,11 +133,13 @@ class DenseAttention(nn.Module):
         batch, length, _ = x.shape
         if cache is not None:
             if segment_ids is not None:
-                raise ConfigError("segment_ids with a cache: rows of a cache are single sequences. Pass one of the two.")
+                raise ConfigError(
+                    "segment_ids with a cache: rows of a cache are single sequences. Pass one of the two."
+                )
             check_kv_cache(cache, batch, length, dtype)
         if positions is None:
+            # One row for the whole batch: the rotary embedding computes its angles once.
             positions = jnp.arange(length, dtype=jnp.int32)[None] + (0 if cache is None else cache.index)
-        positions = jnp.broadcast_to(positions, (batch, length))
 
         types = {"use_bias": self.proj_bias, "dtype": dtype, "param_dtype": self.param_dtype}
         names = ("embed", "kv_heads", "head_dim")
@@ -137,7 +147,7 @@ class DenseAttention(nn.Module):
         k = Projection((self.dim, kv_heads, head_dim), names, name="key", **types)(x)
         v = Projection((self.dim, kv_heads, head_dim), names, name="value", **types)(x)
         if self.qk_norm is not None:
-            norm = _qk_norm(self.qk_norm)
+            norm = norm_of(self.qk_norm)
             q = norm(param_dtype=self.param_dtype, name="query_norm")(q)
             k = norm(param_dtype=self.param_dtype, name="key_norm")(k)
         if self.rope:
@@ -156,20 +166,18 @@ class DenseAttention(nn.Module):
             cache = extend_kv_cache(cache, k, v, positions, mask)
             k, v = cache.k, cache.v
             masks |= {"q_positions": positions, "kv_positions": cache.positions}
-        if self.capture_attention:
+        if self.capture_attention and self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "attention", self.weights(q, k, positions, **masks))
         if self.dropout and not deterministic:
             masks |= {"dropout_rng": self.make_rng("dropout"), "dropout_rate": self.dropout, "deterministic": False}
         y = self.attend(q, k, v, positions, implementation=self.implementation, **masks)
+        if cache is not None:
+            # A traced index cannot be checked beforehand, and beyond the last slot it would overwrite tokens unseen.
+            y = jnp.where(cache.index > k.shape[1], jnp.nan, y)
+        if self.capture_attention:
+            self.sow("intermediates", "attended", y)
         y = Projection(
             (self.num_heads, head_dim, self.dim), ("heads", "head_dim", "embed"), inputs=2, name="out", **types
         )(y)
         y = nn.Dropout(self.dropout, deterministic=deterministic)(y)
         return constrain(y, "act_batch", "act_seq", "act_embed"), cache
-
-
-def _qk_norm(name: str) -> Any:
-    known = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
-    if name not in known:
-        raise ConfigError(f"qk_norm = {name!r}: not known. Use 'layernorm', 'rmsnorm' or None.")
-    return known[name]

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attnlab.nn.mlp import MLPS
-from attnlab.nn.norm import NORMS, LayerScale
+from attnlab.nn.mlp import mlp_of
+from attnlab.nn.norm import LayerScale, norm_of
 from attnlab.nn.partitioning import constrain
 
 
@@ -48,7 +48,7 @@ class Block(nn.Module):
         deterministic: bool = True,
     ) -> tuple[jax.Array, Any]:
         """Maps [B, T, D] to ([B, T, D], cache); the arguments are the mixer's."""
-        norm = NORMS[self.norm]
+        norm = norm_of(self.norm)
         types = {"param_dtype": self.param_dtype}
         y, cache = self.mixer(
             norm(name="mixer_norm", **types)(x),
@@ -61,7 +61,8 @@ class Block(nn.Module):
         if self.hybrid_norm:
             y = norm(name="post_norm", **types)(y)
         x = x + self._scaled(y, "mixer_scale")
-        y = MLPS[self.mlp](self.mlp_dim, self.dtype, self.param_dtype, name="mlp_block")(norm(name="mlp_norm", **types)(x))
+        mlp = mlp_of(self.mlp)(self.mlp_dim, self.dtype, self.param_dtype, name="mlp_block")
+        y = mlp(norm(name="mlp_norm", **types)(x))
         y = nn.Dropout(self.dropout, deterministic=deterministic)(y)
         return constrain(x + self._scaled(y, "mlp_scale"), "act_batch", "act_seq", "act_embed"), cache
 

@@ -13,10 +13,10 @@ cache         None: the sequence is whole. Else the tokens follow those that the
               the full pass, any chunking and token by token give the same numbers. The cache returned has the same
               structure; without a cache it is None.
 
-Auxiliary losses are sown to `losses` (scalars, weighted), figures to `metrics`, online statistics live in a collection of
-their own. With the field `capture_attention` an attention mixer sows its weights, [B, N, T, S] float32, recomputed by the
-reference, to `intermediates` under the name `attention`. A mixer with a field `sequence_flops(length)` (a method) tells the
-forward FLOPs per token that are not in its parameters.
+Auxiliary losses are sown to `losses` (scalars, weighted), figures to `metrics`, online statistics live in a collection
+of their own. With the field `capture_attention` an attention mixer sows to `intermediates`: `attention`, its weights
+[B, N, T, S] float32, recomputed by the reference, and `attended` [B, T, N, H], weights times values. A method
+`sequence_flops(length)` of a mixer tells the forward FLOPs per token that are not in its parameters.
 """
 
 from __future__ import annotations
@@ -65,27 +65,35 @@ def check_kv_cache(cache: KVCache, batch: int, length: int, dtype: Any) -> None:
         ConfigError: another batch or type, or more tokens than slots.
     """
     rows, slots = cache.positions.shape
+    used = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
     if rows != batch:
         raise ConfigError(f"cache of batch {rows} used with batch {batch}. Make it with init_cache({batch}, max_len).")
-    if length > slots:
+    if used + length > slots:
         raise ConfigError(
-            f"sequence longer than the cache: {length} tokens, {slots} slots. Make it with init_cache(batch, {length})."
+            f"sequence longer than the cache: {used} + {length} tokens, {slots} slots. "
+            f"Make it with init_cache(batch, {used + length}) or more."
         )
     if cache.k.dtype != dtype:
-        raise ConfigError(f"cache of type {cache.k.dtype} used with a module that computes in {jnp.dtype(dtype)}. Remake it.")
+        raise ConfigError(
+            f"cache of type {cache.k.dtype} used with a module that computes in {jnp.dtype(dtype)}. Remake it."
+        )
 
 
-def extend_kv_cache(cache: KVCache, k: jax.Array, v: jax.Array, positions: jax.Array, mask: jax.Array | None) -> KVCache:
+def extend_kv_cache(
+    cache: KVCache, k: jax.Array, v: jax.Array, positions: jax.Array, mask: jax.Array | None
+) -> KVCache:
     """Writes T tokens into the next slots.
 
     Args:
-        cache: with at least T free slots (the caller of a jitted loop sees to it: the index is not known when tracing).
+        cache: with at least T free slots (the caller of a jitted loop sees to it: the index is not known when tracing;
+            the attention mixers return NaN beyond the last slot).
         k: [B, T, K, H].
         v: [B, T, K, H].
-        positions: [B, T] int32.
+        positions: [1 or B, T] int32.
         mask: [B, T] bool, or None; padding tokens get position -1 and are never seen.
     """
-    stored = positions if mask is None else jnp.where(mask, positions, -1)
+    stored = jnp.broadcast_to(positions, k.shape[:2])
+    stored = stored if mask is None else jnp.where(mask, stored, -1)
     start = cache.index
     return KVCache(
         k=jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), start, axis=1),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from attnlab.errors import ConfigError, nearest
 from attnlab.nn.partitioning import constrain
 from attnlab.nn.projection import Projection
 
@@ -58,3 +59,14 @@ class GeluMLP(nn.Module):
 
 
 MLPS = {"gated": GatedMLP, "gelu": GeluMLP}
+
+
+def mlp_of(name: str) -> type[GatedMLP] | type[GeluMLP]:
+    """Returns the class of that name.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in MLPS:
+        raise ConfigError(f"mlp = {name!r}: unknown, {nearest(name, MLPS)}")
+    return MLPS[name]

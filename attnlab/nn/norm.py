@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from attnlab.errors import ConfigError, nearest
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * scale (Zhang & Sennrich, 2019, arXiv 1910.07467)."""
@@ -55,6 +57,17 @@ class LayerScale(nn.Module):
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+def norm_of(name: str) -> type[RMSNorm] | type[LayerNorm]:
+    """Returns the class of that name.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in NORMS:
+        raise ConfigError(f"norm = {name!r}: unknown, {nearest(name, NORMS)}")
+    return NORMS[name]
 
 
 def _vector(module: nn.Module, name: str, init: Any, size: int) -> jax.Array:

@@ -53,7 +53,8 @@ class Embedding(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
+        """Declares the table; called by flax."""
         init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STD), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (self.vocab_size, self.dim), self.param_dtype)
 
@@ -65,5 +66,3 @@ class Embedding(nn.Module):
         """Returns logits [B, T, V] float32."""
         table = self.embedding.astype(x.dtype)
         return jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-

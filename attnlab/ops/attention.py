@@ -133,7 +133,9 @@ def make_call(
     batch, length, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
     if k.shape != v.shape or (k.shape[0], k.shape[3]) != (batch, width):
-        raise ConfigError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: they need [B,T,N,H] and twice [B,S,K,H].")
+        raise ConfigError(
+            f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: they need [B,T,N,H] and twice [B,S,K,H]."
+        )
     if not (q.dtype == k.dtype == v.dtype):
         raise ConfigError(f"q, k, v have types {q.dtype}, {k.dtype}, {v.dtype}: cast them to one, or pass dtype=.")
     if heads % kv_heads:
@@ -215,9 +217,7 @@ def _weights(call: AttentionCall) -> tuple[Array, Array | None]:
     keys, kv_heads = call.k.shape[1:3]
     grouped = (batch, kv_heads, heads // kv_heads)
     q = call.q.reshape(batch, length, *grouped[1:], width)
-    scores = jnp.einsum(
-        "btkgh,bskh->bkgts", q, call.k, precision=_precision(call), preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, call.k, precision=_precision(call), preferred_element_type=jnp.float32)
     if call.scale != 1.0:
         scores = scores * call.scale
     q_positions, kv_positions = call.positions()

@@ -79,9 +79,7 @@ def block_mask(
     return mask
 
 
-def rows_with_keys(
-    length: int, kv_mask: Array, window: tuple[int | None, int | None]
-) -> Array:
+def rows_with_keys(length: int, kv_mask: Array, window: tuple[int | None, int | None]) -> Array:
     """Tells which queries see at least one key that is not padding, without the [T, S] mask.
 
     Args:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from attnlab.errors import ConfigError
 from attnlab.ops import dispatch
-from attnlab.ops.attention import AttentionCall, attend, make_call
+from attnlab.ops.attention import attend, make_call
 from attnlab.ops.chunked import attend_chunked, score_reason
 from attnlab.types import Array, Bool, DTypeLike, Float, Int, PRNGKey, Window
 
@@ -30,10 +30,10 @@ def sigmoid_attention(
     q_positions: Int[Array, "#B T"] | None = None,
     kv_positions: Int[Array, "#B S"] | None = None,
     kv_mask: Bool[Array, "B S"] | None = None,
-    mask: Bool[Array, "..."] | None = None,
+    mask: Bool[Array, ...] | None = None,
     alibi_slopes: Float[Array, "#B N"] | Float[Array, " N"] | None = None,
     scale: float | None = None,
-    bias: Float[Array, "..."] | float | None = 0.0,
+    bias: Float[Array, ...] | float | None = 0.0,
     temperature: float = 0.0,
     row_normalization: RowNormalization = None,
     implementation: str | None = None,
@@ -110,18 +110,18 @@ def sigmoid_attention(
     if row_normalization is None:
         return out
     # A factor of a whole row: it commutes with the product with v, so no implementation needs to know of it.
-    factor = row_factor(call, row_normalization)[:, :, None, None]
+    factor = row_factor(call.positions()[0], row_normalization)[:, :, None, None]
     return (out.astype(jnp.float32) * factor).astype(out.dtype)
 
 
-def row_factor(call: AttentionCall, row_normalization: RowNormalization) -> Float[Array, "b T"]:
-    """Returns the factor of every query's weights, 1 / (i + 1) or its root at position i."""
-    rows = jnp.maximum(call.positions()[0], 0).astype(jnp.float32) + 1.0
+def row_factor(positions: Int[Array, "b T"], row_normalization: str) -> Float[Array, "b T"]:
+    """Returns the factor of every query's weights, 1 / (i + 1) ("row") or its root ("sqrt_row") at position i."""
+    rows = jnp.maximum(positions, 0).astype(jnp.float32) + 1.0
     if row_normalization == "row":
         return 1.0 / rows
     if row_normalization == "sqrt_row":
         return 1.0 / jnp.sqrt(rows)
-    raise ConfigError(f"row_normalization = {row_normalization!r}: use None, 'row' or 'sqrt_row'.")
+    raise ConfigError(f"row_normalization = {row_normalization!r}: unknown. Use None, 'row' or 'sqrt_row'.")
 
 
 dispatch.register("sigmoid_attention", "xla", dispatch.Implementation(attend, defer=score_reason))

@@ -35,4 +35,4 @@ def attention_weights(
     weights = attention_matrix(call)
     if row_normalization is None:
         return weights
-    return weights * row_factor(call, row_normalization)[:, None, :, None]
+    return weights * row_factor(call.positions()[0], row_normalization)[:, None, :, None]

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 
 from attnlab.errors import ConfigError
@@ -34,8 +33,6 @@ class Checkpoints:
         self._report = report
         self._read_only = read_only
         self._saving: int | None = None
-        # Finalising runs in threads; Orbax logs its progress at INFO and its internals at WARNING.
-        logging.get_absl_logger().setLevel(logging.ERROR)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from attnlab.errors import ConfigError, nearest
@@ -35,6 +35,8 @@ def run(main: Callable[[], int | None]) -> None:
     """
 
     def guarded(_argv: list[str]) -> None:
+        # The libraries report their internals at INFO; errors reach the user as messages of ours.
+        logging.set_verbosity(logging.ERROR)
         from attnlab.training.checkpoint import CheckpointError
         from attnlab.training.loop import NonFiniteLoss
 

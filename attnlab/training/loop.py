@@ -22,7 +22,7 @@ from attnlab.training.config import flatten
 from attnlab.training.mesh import data_shard, global_batch
 from attnlab.training.metrics import MetricsWriter
 from attnlab.training.progress import Progress, binary_size, duration, si
-from attnlab.training.topology import peak_flops
+from attnlab.training.topology import CHIPS
 
 Pending = collections.namedtuple("Pending", ["step", "metrics", "batch"])
 _FATAL = ("loss", "grad_norm", "param_norm")
@@ -199,7 +199,7 @@ class _Loop:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         tokens = self.config.batch_size * self.config.seq_len
         rate = self.flops / seconds
-        peak = peak_flops(self.run_.mesh.devices.flat[0])
+        peak = _peak_flops(self.run_.mesh.devices.flat[0])
         values |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "model_flops_per_second": rate}
         if peak:
             values["mfu"] = rate / (peak * self.run_.mesh.size)
@@ -285,3 +285,8 @@ class _Loop:
             f"  step     {config.batch_size} x {config.seq_len} = {si(tokens)} tokens, "
             f"{si(run.task.flops_per_step(run.abstract_state.params), 'FLOP')}; {config.num_train_steps} steps"
         )
+
+
+def _peak_flops(device: jax.Device) -> float:
+    """bfloat16 FLOP/s of a device that the chip table knows, else 0."""
+    return next((chip.peak_flops for chip in CHIPS.values() if chip.device_kind == device.device_kind), 0.0)

@@ -59,13 +59,29 @@ def variable_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of the optimizer state: a moment lies as its parameter does; counters and factored moments are replicated."""
+    """Shardings of the optimizer state: a moment lies as its parameter does; counters and factored moments are replicated.
+
+    A moment is known by its path, which ends in its parameter's, and by its shape; that also holds inside groups
+    (`optax.multi_transform`), where the parameters of other groups are left out.
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
-    return optax.tree_utils.tree_map_params(
-        tx,
-        lambda leaf, param, sharding: sharding if leaf.shape == param.shape else replicated,
-        jax.eval_shape(tx.init, params),
-        params,
-        shardings,
-        transform_non_params=lambda leaf: replicated,
-    )
+    places = {
+        _keys(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def place(path, leaf):
+        keys = _keys(path)
+        for start in range(len(keys)):
+            shape, sharding = places.get(keys[start:], (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
+
+
+def _keys(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

@@ -11,7 +11,6 @@ import importlib.util
 import math
 import os
 import re
-import sys
 from typing import Any
 
 from attnlab.errors import ConfigError, nearest
@@ -203,37 +202,6 @@ def _slices(chip: Chip) -> str:
     if chip.dims == 2:
         return "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16 or 16x16"
     return "2x2x1, 2x2x2, 2x2x4, 2x4x4, or multiples of 4 such as 4x4x4, 4x4x8, 4x8x8, 8x8x8"
-
-
-def prepare_environment(spec: str) -> None:
-    """Sets what the compilers want to find in the environment; to be called before jax starts any backend.
-
-    The process becomes one that computes on the CPU and compiles for the topology, whatever hardware it finds and
-    whatever `JAX_PLATFORMS` says: an accelerator in the machine stays free. A bad specification is refused here.
-    """
-    topology = parse(spec)
-    values = {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # do not wait for the metadata server of a cloud machine
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling does not take the TPU: no lock is needed
-    }
-    defaults = {
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # only silences the search for it; the topology is named explicitly
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-        "TPU_MIN_LOG_LEVEL": "2",
-        "TPU_STDERR_LOG_LEVEL": "2",
-    }
-    os.environ.update(values)
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    flags = os.environ.get("XLA_FLAGS", "")
-    if topology.chip.platform == "cuda" and "xla_gpu_autotune_level" not in flags:
-        # autotuning runs candidates on the device: there is none
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
-    if "jax" in sys.modules:  # then it has read JAX_PLATFORMS already
-        sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
 def require_compiler(platform: str) -> None:
