@@ -84,7 +84,8 @@ class TextData:
             repeat=repeat,
             shard_index=shard_index,
             shard_count=shard_count,
-            workers=self._workers,
+            # An evaluation is over before worker processes would have started.
+            workers=self._workers if repeat else 0,
             describe_row=lambda record: self._describe(split, rows, record),
         )
 

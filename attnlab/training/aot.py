@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import pathlib
 import re
 import time
@@ -25,6 +24,7 @@ from attnlab.ops import dispatch
 from attnlab.training import aot_environment, aot_report, costs, hlo, roofline, topology
 from attnlab.training.build import Run, build
 from attnlab.training.config import to_json
+from attnlab.training.workdir import write_atomic
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _EXCEEDS = re.compile(r"([\d.]+)([KMGT]?)\)? exceeds available HBM(?: capacity)? \(?([\d.]+)([KMGT]?)", re.IGNORECASE)
@@ -56,7 +56,7 @@ def run(config: ml_collections.ConfigDict, spec: str, workdir: str | None = None
         path = pathlib.Path(workdir, "aot.json")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report, indent=1) + "\n")
+            write_atomic(path, json.dumps(report, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"--workdir={workdir}: {error.strerror}. Name a folder that can be written.") from error
         print(f"written to {path}")

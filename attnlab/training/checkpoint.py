@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +97,7 @@ class Checkpoints:
             if step not in steps:
                 raise ConfigError(f"{self.directory} has no checkpoint of step {step}. It has {steps or 'none'}.")
             steps = [step]
+        damaged = []
         for candidate in reversed(steps):
             try:
                 self._check_structure(candidate, abstract_state)
@@ -108,13 +107,16 @@ class Checkpoints:
                         state=ocp.args.StandardRestore(abstract_state), extra=ocp.args.JsonRestore()
                     ),
                 )
-                return restored["state"], candidate, restored["extra"]
             except ConfigError:
                 raise
             except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds
-                cause = str(error).strip().splitlines()
-                self._report(f"checkpoint {candidate} is damaged ({type(error).__name__}: {cause[0] if cause else ''})")
-                self._set_aside(candidate)
+                damaged.append(candidate)
+                self._report(f"checkpoint {candidate} is damaged ({_root_cause(error)})")
+                continue
+            if damaged:
+                self._report(f"using checkpoint {candidate} instead")
+                self._set_aside(damaged)
+            return restored["state"], candidate, restored["extra"]
         if steps:
             raise ConfigError(
                 f"no checkpoint in {self.directory} can be read (tried {steps[::-1]}). "
@@ -131,11 +133,9 @@ class Checkpoints:
 
     def _check_structure(self, step: int, abstract_state: Any) -> None:
         """A readable checkpoint with other shapes is of another model, not damaged."""
-        metadata = self._manager.item_metadata(step)["state"]
-        if metadata is None:
-            raise ValueError("the description of its arrays is missing")
-        saved = _shapes(metadata.tree if hasattr(metadata, "tree") else metadata)
-        wanted = _shapes(ocp.utils.serialize_tree(abstract_state, keep_empty_nodes=False))
+        metadata = ocp.StandardCheckpointHandler().metadata(self.directory / str(step) / "state")
+        saved = _shapes(getattr(metadata, "tree", metadata))
+        wanted = _shapes(abstract_state)
         different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
         if different:
             lines = [f"  {key}: saved {saved.get(key, 'absent')}, config {wanted.get(key, 'absent')}" for key in different]
@@ -145,17 +145,17 @@ class Checkpoints:
                 + (f"\n  and {len(lines) - 5} more" if len(lines) > 5 else "")
             )
 
-    def _set_aside(self, step: int) -> None:
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves damaged checkpoints out of the way of the steps to come; nothing is deleted."""
         if self._read_only or jax.process_index() != 0:
             return
         aside = self.directory.parent / "damaged_checkpoints"
         aside.mkdir(exist_ok=True)
-        target = aside / str(step)
-        if target.exists():
-            shutil.rmtree(os.fspath(target))
-        (self.directory / str(step)).rename(target)
+        for step in steps:
+            target = aside / f"{step}.{len(list(aside.glob(f'{step}.*')))}"
+            (self.directory / str(step)).rename(target)
+            self._report(f"moved the damaged checkpoint {step} to {target}")
         self._manager.reload()
-        self._report(f"moved to {target}; using the checkpoint before it")
 
     def _failed(self, error: Exception) -> CheckpointError:
         step, self._saving = self._saving, None
