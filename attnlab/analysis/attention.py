@@ -1,15 +1,17 @@
 """Attention maps of a model, and what they say per head: entropy, distance, where the mass goes.
 
-Maps have rows = queries and columns = keys, `[..., T, S]`; with T < S the queries are the last T positions. Rows need not
-sum to one (sigmoid attention): each row is normalised for entropy, distance and the shares, and its sum is reported as
-the row mass. A query whose row is all zero (padding) counts nowhere. 0 ln 0 = 0.
+Maps have rows = queries and columns = keys, `[..., T, S]`; with T < S the queries are the last T positions. Rows need
+not sum to one (sigmoid attention): each row is normalised for entropy, distance and the shares, and its sum is reported
+as the row mass. A query whose row is all zero (padding) counts nowhere. 0 ln 0 = 0.
 
 Attention is not attribution: a map says where a head looks, not what changed the output.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -74,15 +76,12 @@ def strength_profile(weights: jax.Array, edges: Sequence[int] | None = None) -> 
     Returns:
         ([..., len(edges)] shares, mean over the queries that attend to anything; sums to one, the edges).
     """
-    p, mass = normalise(weights)
     if edges is None:
-        edges = [0, *(2**i for i in range(max(p.shape[-1] - 1, 1).bit_length()))]
+        edges = [0, *(2**i for i in range(max(np.shape(weights)[-1] - 1, 1).bit_length()))]
     edges = tuple(int(edge) for edge in edges)
-    if not edges or edges[0] != 0 or any(b <= a for a, b in zip(edges, edges[1:], strict=False)):
+    if not edges or edges[0] != 0 or any(b <= a for a, b in itertools.pairwise(edges)):
         raise ConfigError(f"edges = {edges}: bucket edges must ascend from 0. Use, say, (0, 1, 2, 4, 8).")
-    bucket = jnp.searchsorted(jnp.asarray(edges), jnp.abs(_offsets(p)), side="right") - 1
-    share = jnp.einsum("...ts,tsk->...tk", p, jax.nn.one_hot(bucket, len(edges)), precision="highest")
-    return _mean_over_queries(share.swapaxes(-1, -2), mass[..., None, :] > 0), edges
+    return _profile(weights, edges), edges
 
 
 def row_statistics(weights: jax.Array) -> dict[str, jax.Array]:
@@ -109,6 +108,7 @@ def row_statistics(weights: jax.Array) -> dict[str, jax.Array]:
     }
 
 
+@jax.jit
 def head_statistics(weights: jax.Array, query_mask: jax.Array | None = None) -> dict[str, jax.Array]:
     """Per head: means of `row_statistics` over batch and queries, [..., B, N, T, S] -> each [..., N].
 
@@ -201,6 +201,9 @@ def _offsets(weights: jax.Array) -> jax.Array:
     return jnp.arange(keys - queries, keys)[:, None] - jnp.arange(keys)[None, :]
 
 
-def _mean_over_queries(values: jax.Array, counts: jax.Array) -> jax.Array:
-    counts = jnp.broadcast_to(counts, values.shape)
-    return jnp.where(counts, values, 0.0).sum(axis=-1) / jnp.maximum(counts.sum(axis=-1), 1)
+@partial(jax.jit, static_argnums=1)
+def _profile(weights: jax.Array, edges: tuple[int, ...]) -> jax.Array:
+    p, mass = normalise(weights)
+    bucket = jnp.searchsorted(jnp.asarray(edges), jnp.abs(_offsets(p)), side="right") - 1
+    share = jnp.einsum("...ts,tsk->...k", p, jax.nn.one_hot(bucket, len(edges)), precision="highest")
+    return share / jnp.maximum((mass > 0).sum(axis=-1), 1)[..., None]

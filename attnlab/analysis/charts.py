@@ -1,7 +1,7 @@
 """Charts as inline SVG strings: lines over steps, dots per head, a heat map with text on its axes.
 
-Colours and fonts come from the page's style sheet by class (`c0`..`c3`, `grid`, `axis`, `reference`), so that one drawing
-serves the light and the dark theme. Every text is escaped here; callers pass plain strings.
+Colours and fonts come from the page's style sheet by class (`c0`..`c3`, `grid`, `axis`, `reference`), so that one
+drawing serves the light and the dark theme. Every text is escaped here; callers pass plain strings.
 """
 
 from __future__ import annotations
@@ -216,7 +216,8 @@ def token_heat_map(uri: str, labels: Sequence[str], title: str, cell: float = 10
     bottom = size + margin
     parts += [
         "</g>",
-        f'<text class="axis" x="{margin + size / 2:g}" y="{bottom - 3:g}" text-anchor="middle">key token (attended) →</text>',
+        f'<text class="axis" x="{margin + size / 2:g}" y="{bottom - 3:g}" text-anchor="middle">'
+        "key token (attended) →</text>",
         f'<text class="axis" x="11" y="{size / 2:g}" text-anchor="middle" transform="rotate(-90 11 {size / 2:g})">'
         "← query token</text>",
         f'<rect id="detail-cell" class="cell" width="{cell:g}" height="{cell:g}" visibility="hidden"/>',
@@ -227,7 +228,7 @@ def token_heat_map(uri: str, labels: Sequence[str], title: str, cell: float = 10
 
 
 def profile_map(shares: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, x_label: str) -> str:
-    """A table of colours: shares [R, C] in 0..1, one row per head; the opacity of the accent colour is the share's root."""
+    """A table of colours: shares [R, C] in 0..1, one row per head; the opacity of a field is the share's root."""
     left, cell_width, cell_height = 78, 46, 15
     parts = []
     for i, row in enumerate(rows):
@@ -243,7 +244,9 @@ def profile_map(shares: np.ndarray, rows: Sequence[str], columns: Sequence[str],
     bottom = len(rows) * cell_height
     for j, column in enumerate(columns):
         middle = left + (j + 0.5) * cell_width
-        parts.append(f'<text class="tick" x="{middle:g}" y="{bottom + 15}" text-anchor="middle">{escape(column)}</text>')
+        parts.append(
+            f'<text class="tick" x="{middle:g}" y="{bottom + 15}" text-anchor="middle">{escape(column)}</text>'
+        )
     width = left + len(columns) * cell_width + 4
     parts.append(
         f'<text class="axis" x="{left + len(columns) * cell_width / 2:g}" y="{bottom + 34}" text-anchor="middle">'
@@ -274,7 +277,9 @@ def _frame(box: Box, x_label: str, y_label: str, x_marks, y_marks) -> str:
     for value, text in y_marks:
         _, level = box.at(box.x[0], value)
         parts.append(f'<path class="grid" d="M{box.left:g} {level:.1f}H{box.right:g}"/>')
-        parts.append(f'<text class="tick" x="{box.left - 7:g}" y="{level + 4:.1f}" text-anchor="end">{escape(text)}</text>')
+        parts.append(
+            f'<text class="tick" x="{box.left - 7:g}" y="{level + 4:.1f}" text-anchor="end">{escape(text)}</text>'
+        )
     for value, text in x_marks:
         across, _ = box.at(value, box.y[0])
         parts.append(f'<path class="grid" d="M{across:.1f} {box.bottom:g}v4"/>')
@@ -284,7 +289,9 @@ def _frame(box: Box, x_label: str, y_label: str, x_marks, y_marks) -> str:
     parts.append(f'<path class="base" d="M{box.left:g} {box.bottom:g}H{box.right:g}"/>')
     middle = (box.top + box.bottom) / 2
     across = (box.left + box.right) / 2
-    parts.append(f'<text class="axis" x="{across:g}" y="{box.bottom + 36:g}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text class="axis" x="{across:g}" y="{box.bottom + 36:g}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     parts.append(
         f'<text class="axis" x="13" y="{middle:g}" text-anchor="middle" transform="rotate(-90 13 {middle:g})">'
         f"{escape(y_label)}</text>"

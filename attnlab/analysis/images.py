@@ -1,7 +1,7 @@
 """Heat maps as tiny palette PNGs, written with zlib alone, and the colour map they share.
 
-The colour map is sequential with falling lightness (pale yellow to deep blue in OKLCH), so that it reads in grey and for
-every kind of colour vision. Palette entry 0 is transparent: a masked cell is drawn as masked, not as zero.
+The colour map is sequential with falling lightness (pale yellow to deep blue in OKLCH), so that it reads in grey and
+for every kind of colour vision. Palette entry 0 is transparent: a masked cell is drawn as masked, not as zero.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The style sheet and the script of the report page. Nothing is loaded from outside; without a script all but hovering works."""
+"""The style sheet and the script of the report page; without the script all but hovering and choosing maps works."""
 
 CSS = """
 :root{--paper:#fdfdfc;--ink:#1d2329;--soft:#5c6670;--line:#dfe3e6;--panel:#f5f6f6;--accent:#0a5fa5;
@@ -17,7 +17,8 @@ p{margin:6px 0 14px;max-width:88ch}.lead,.note{color:var(--soft)}.note{font-size
 code,pre,.mono{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 dl.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:14px 28px;margin:26px 0 0;
 padding:18px 0;border-block:1px solid var(--line)}
-dl.facts dt{font-size:12.5px;color:var(--soft)}dl.facts dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
+dl.facts dt{font-size:12.5px;color:var(--soft)}
+dl.facts dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:15px}
 th{font-weight:600;text-align:left;font-size:13px;color:var(--soft);border-bottom:1px solid var(--line)}
@@ -54,8 +55,8 @@ var(--hatch) 0 3px,transparent 3px 6px)}.thumb .hatch{outline:1px solid var(--li
 .text{font-size:14px;line-height:1.75;background:var(--panel);padding:14px 16px;margin:12px 0;overflow-wrap:anywhere}
 .text b{font-weight:400;border-radius:2px;cursor:default}.text b.q{outline:2px solid var(--c1);outline-offset:-1px}
 .text b.dim{color:var(--soft)}
-pre{background:var(--panel);padding:16px 18px;font-size:13.5px;line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere;
-margin:10px 0 22px}pre .prompt{color:var(--soft)}pre .new{color:var(--ink)}
+pre{background:var(--panel);padding:16px 18px;font-size:13.5px;line-height:1.5;white-space:pre-wrap;
+overflow-wrap:anywhere;margin:10px 0 22px}pre .prompt{color:var(--soft)}pre .new{color:var(--ink)}
 pre .new::before{content:"";border-left:2px solid var(--c1);margin-right:1px}
 details{margin:14px 0}summary{cursor:pointer;color:var(--accent)}
 #tip{position:fixed;pointer-events:none;background:var(--ink);color:var(--paper);font-size:13px;line-height:1.4;
@@ -67,7 +68,8 @@ footer{margin-top:60px;color:var(--soft);font-size:13px;border-top:1px solid var
 SCRIPT = """
 'use strict';
 (() => {
-const tip = document.getElementById('tip'), one = s => document.querySelector(s), all = s => [...document.querySelectorAll(s)];
+const tip = document.getElementById('tip'), one = s => document.querySelector(s);
+const all = s => [...document.querySelectorAll(s)];
 const show = (e, text) => { tip.textContent = text; tip.hidden = false;
   const w = tip.offsetWidth, h = tip.offsetHeight;
   tip.style.left = Math.max(4, Math.min(e.clientX + 14, innerWidth - w - 8)) + 'px';
@@ -80,21 +82,25 @@ document.addEventListener('pointermove', e => {
 all('[data-tip]').forEach(x => x.addEventListener('pointerleave', hide));
 
 all('svg[data-lines]').forEach(svg => {
-  const meta = JSON.parse(svg.dataset.lines), [left, right] = meta.box, [x0, x1] = meta.x, cursor = svg.querySelector('.cursor');
+  const meta = JSON.parse(svg.dataset.lines), [left, right] = meta.box, [x0, x1] = meta.x;
+  const cursor = svg.querySelector('.cursor');
   svg.addEventListener('pointermove', e => {
     const p = new DOMPoint(e.clientX, e.clientY).matrixTransform(svg.getScreenCTM().inverse());
     if (p.x < left - 4 || p.x > right + 4) { hide(); cursor.setAttribute('visibility', 'hidden'); return; }
     const step = x0 + (p.x - left) / (right - left) * (x1 - x0);
-    const near = meta.lines.map(l => [l.name, l.points.reduce((a, b) => Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a)]);
+    const closer = (a, b) => Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a;
+    const near = meta.lines.map(l => [l.name, l.points.reduce(closer)]);
     cursor.setAttribute('visibility', 'visible');
     cursor.setAttribute('transform', 'translate(' + Math.min(Math.max(p.x, left), right) + ')');
-    show(e, near.map(([n, q]) => n + ' ' + short(q[1]) + '  (step ' + Math.round(q[0]).toLocaleString('en') + ')').join('\\n')); });
+    const text = ([n, q]) => n + ' ' + short(q[1]) + '  (step ' + Math.round(q[0]).toLocaleString('en') + ')';
+    show(e, near.map(text).join('\\n')); });
   svg.addEventListener('pointerleave', () => { hide(); cursor.setAttribute('visibility', 'hidden'); }); });
 
 all('table.sortable').forEach(table => [...table.tHead.rows[0].cells].forEach((cell, column) => { let up = false;
   cell.addEventListener('click', () => { up = !up; const body = table.tBodies[0];
     const key = r => { const t = r.cells[column].dataset.v ?? r.cells[column].textContent; return isNaN(t) ? t : +t; };
-    [...body.rows].sort((a, b) => (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0) * (up ? 1 : -1)).forEach(r => body.append(r)); }); }));
+    const order = (a, b) => (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0) * (up ? 1 : -1);
+    [...body.rows].sort(order).forEach(r => body.append(r)); }); }));
 
 const store = one('#maps-data'); if (!store) return;
 const { tokens, maximum } = JSON.parse(store.textContent), size = tokens.length;
@@ -111,7 +117,8 @@ const value = (t, s) => { if (!map) return NaN; const e = map[t * (size + 1) + 1
   return e ? maximum * ((e - 1) / 254) ** 2 : NaN; };
 const row = t => { letters.forEach((b, s) => { const v = value(t, s);
   b.className = s === t ? 'q' : v >= 0 ? '' : 'dim';
-  b.style.background = v > 0 ? 'color-mix(in srgb, var(--accent) ' + (Math.sqrt(v / maximum) * 70).toFixed(1) + '%, transparent)' : ''; }); };
+  const part = (Math.sqrt(v / maximum) * 70).toFixed(1);
+  b.style.background = v > 0 ? 'color-mix(in srgb, var(--accent) ' + part + '%, transparent)' : ''; }); };
 let query = size - 1;
 const pick = async thumb => { all('.thumb').forEach(x => x.setAttribute('aria-pressed', x === thumb));
   const uri = thumb.querySelector('img').src; image.setAttribute('href', uri);
@@ -122,10 +129,12 @@ const margin = +svg.dataset.margin, cell = +svg.dataset.cell;
 svg.addEventListener('pointermove', e => {
   const p = new DOMPoint(e.clientX, e.clientY).matrixTransform(svg.getScreenCTM().inverse());
   const s = Math.floor((p.x - margin) / cell), t = Math.floor(p.y / cell), v = value(t, s);
-  if (s < 0 || t < 0 || s >= size || t >= size || isNaN(v)) { hide(); box.setAttribute('visibility', 'hidden'); return; }
+  const outside = s < 0 || t < 0 || s >= size || t >= size || isNaN(v);
+  if (outside) { hide(); box.setAttribute('visibility', 'hidden'); return; }
   box.setAttribute('visibility', 'visible'); box.setAttribute('x', margin + s * cell); box.setAttribute('y', t * cell);
   if (t !== query) { query = t; row(t); }
-  show(e, 'query “' + tokens[t] + '” at ' + t + '\\nkey “' + tokens[s] + '” at ' + s + ': ' + (v < 5e-5 ? '< 0.0001' : short(v))); });
+  const weight = v < 5e-5 ? '< 0.0001' : short(v);
+  show(e, 'query “' + tokens[t] + '” at ' + t + '\\nkey “' + tokens[s] + '” at ' + s + ': ' + weight); });
 svg.addEventListener('pointerleave', () => { hide(); box.setAttribute('visibility', 'hidden'); });
 letters.forEach((b, t) => b.addEventListener('pointerenter', () => { query = t; row(t); }));
 pick(one('.thumb'));

@@ -246,12 +246,13 @@ def _attention(views: HeadViews) -> str:
     return (
         '<section id="attention"><h2>Attention maps</h2>'
         f'<p class="note">{escape(shown)}, on the first {length} tokens of a document of the split. Rows are queries, '
-        "columns are keys; one colour scale for all maps. Maps show where a head looks, not what changed the output.</p>"
+        "columns are keys; one colour scale for all. Maps show where a head looks, not what changed the output.</p>"
         f'<div class="thumbs" style="--heads:{len(views.heads)}">{"".join(thumbs)}</div>'
         f'<div class="legend"><span>0</span><img class="map" alt="colour scale" src="{ramp}"><span>{number(maximum)}'
-        '</span><span>attention weight, square-root scale</span><span class="swatch"></span><span>masked (future)</span></div>'
+        '</span><span>attention weight, square-root scale</span><span class="swatch"></span>'
+        "<span>masked (future)</span></div>"
         f'<h3 id="detail-title">{escape(first[1])}</h3>'
-        '<p class="note">Choose a map above; point at a cell for its value, or at a token below to see what it attends to.</p>'
+        '<p class="note">Choose a map above; point at a cell for its value, at a token to see what it attends to.</p>'
         f'<div class="text mono">{text}</div>'
         f'<div class="scroll">{token_heat_map(first[0], [_short(t) for t in views.labels], first[1])}</div>'
         f'<script type="application/json" id="maps-data">{data}</script></section>' + _heads(views, several)
@@ -275,7 +276,7 @@ def _heads(views: HeadViews, several: bool) -> str:
     rows = [(i, head) for i in range(count) for head in range(heads)]
     kept = rows[:: -(-len(rows) // MAX_ROWS)]
     ends = [*(edge - 1 for edge in views.edges[1:]), len(views.labels) - 1]
-    buckets = [str(a) if a == b else f"{a}–{b}" for a, b in zip(views.edges, ends, strict=True)]
+    buckets = [str(a) if a == b else f"{a}\N{EN DASH}{b}" for a, b in zip(views.edges, ends, strict=True)]
     profile = profile_map(
         np.array([views.profile[i, head] for i, head in kept]),
         [f"{layers[i]} H{head}" for i, head in kept],
@@ -293,11 +294,12 @@ def _heads(views: HeadViews, several: bool) -> str:
     )
     normalised = "Rows are normalised to sum to one, except for the row mass itself. " if len(charts) == 6 else ""
     return (
-        f'<section id="heads"><h2>Heads</h2><p class="note">Means over {len(views.labels)} queries, one dot per head, the '
-        f"line joins the layers' means. {normalised}</p>"
+        f'<section id="heads"><h2>Heads</h2><p class="note">Means over {len(views.labels)} queries, one dot per head, '
+        f"the line joins the layers' means. {normalised}</p>"
         f'<div class="grid3">{"".join(charts)}</div>'
-        '<h3 style="margin-top:34px">Where the mass goes, by distance</h3><p class="note">Stronger colour is more; point at a '
-        f'field for its share.</p><div class="scroll">{profile}</div>'
+        '<h3 style="margin-top:34px">Where the mass goes, by distance</h3>'
+        '<p class="note">Stronger colour is more; point at a field for its share.</p>'
+        f'<div class="scroll">{profile}</div>'
         '<details><summary>All heads as a table (click a heading to sort)</summary><div class="scroll">'
         f'<table class="sortable"><thead><tr><th>head</th>{"<th>mixer</th>" if several else ""}{header}</tr></thead>'
         f"<tbody>{table}</tbody></table></div></details></section>"
@@ -307,4 +309,5 @@ def _heads(views: HeadViews, several: bool) -> str:
 def _config(config: str) -> str:
     if not config:
         return ""
-    return f'<section id="config"><h2>Config</h2><details><summary>config.json</summary><pre>{escape(config)}</pre></details></section>'
+    folded = f"<details><summary>config.json</summary><pre>{escape(config)}</pre></details>"
+    return f'<section id="config"><h2>Config</h2>{folded}</section>'

@@ -99,10 +99,12 @@ def _write(folder: Path, split: str, documents: Iterable[Document], tokenizer: T
     with writing_to(folder), open(raw, "wb") as out:
         out.write(separator)
         for document in documents:
-            ids = tokenizer.encode(document.text).astype(dtype)
-            out.write(ids.tobytes())
+            size = 0
+            for ids in tokenizer.blocks(document.text):
+                out.write(ids.astype(dtype).tobytes())
+                size += len(ids)
             out.write(separator)
-            offsets.append(offsets[-1] + len(ids) + 1)
+            offsets.append(offsets[-1] + size + 1)
             names.append((document.name, document.start))
         out.flush()
     # The .npy header needs the length, known only now; the payload is appended block by block.

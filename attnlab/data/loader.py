@@ -7,7 +7,6 @@ with another number of processes or workers.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -114,12 +113,10 @@ class Loader:
             return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)))
         _mark_flags_as_parsed()
         dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=_PREFETCH)
+            grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=_PREFETCH),
+            worker_init_fn=_keep_off_accelerators,
         )
-        with _environment(JAX_PLATFORMS="cpu"):  # inherited by the workers, so that none of them takes an accelerator
-            iterator = iter(dataset)
-            iterator.start_prefetch()
-        return iterator
+        return iter(dataset)
 
     def close(self) -> None:
         """Ends threads and worker processes; the loader can go on afterwards and starts them again."""
@@ -167,8 +164,9 @@ class Loader:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides the sequence of batches."""
-        return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
+        """Hash of everything that decides the sequence of batches; the name of the data may change (a moved folder)."""
+        decisive = {field: value for field, value in self._identity.items() if field != "data"}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def describe(self, batch: Mapping[str, Any]) -> str:
         """Returns one sentence that identifies a batch: data, epoch, records, first texts, hash of the tokens."""
@@ -232,18 +230,12 @@ class _From:
         return self._batches[self._first + int(index)]
 
 
-@contextlib.contextmanager
-def _environment(**values: str):
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+def _keep_off_accelerators(worker: int, workers: int) -> None:
+    """Runs first in a worker process: JAX, which Grain imports, must not open the device that the step runs on."""
+    del worker, workers
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # it has read the environment already, but opened no device yet
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
 def _mark_flags_as_parsed() -> None:

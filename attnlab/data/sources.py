@@ -130,12 +130,7 @@ class FileSource:
         undecodable: list[str] = []
 
         def read(relative: str) -> bytes | None:
-            try:
-                content = self._files[relative].read_bytes()
-            except OSError as error:
-                raise field_error(
-                    _FIELD, self.name, f"{relative} cannot be read ({error.strerror})", "Check it"
-                ) from error
+            content = self._content(relative)
             if not is_text(content):
                 undecodable.append(relative)
                 return None
@@ -179,7 +174,14 @@ class FileSource:
     def documents(self, split: str) -> Iterator[Document]:
         """Yields the parts of the files that belong to a split."""
         for part in self._parts[split]:
-            yield Document(part.path, part.start, self._files[part.path].read_bytes()[part.start : part.stop])
+            yield Document(part.path, part.start, self._content(part.path)[part.start : part.stop])
+
+    def _content(self, relative: str) -> bytes:
+        try:
+            return self._files[relative].read_bytes()
+        except OSError as error:
+            problem = f"{relative} cannot be read ({error.strerror or error})"
+            raise field_error(_FIELD, self.name, problem, "Give this user read access, or remove the file") from error
 
 
 def checked_errors(config) -> str:

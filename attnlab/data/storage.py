@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,6 +67,13 @@ def locked(lock_path: Path) -> Iterator[None]:
         yield
 
 
+def _remove_abandoned(target: Path) -> None:
+    """Removes what killed preparations left; only day-old folders, another machine may be at work on a shared mount."""
+    for folder in target.parent.glob(f".{target.name}.incomplete-*"):
+        if time.time() - folder.stat().st_mtime > 86400:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def prepare_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Makes sure that the folder `target` exists, building it at most once among the processes of this machine.
 
@@ -84,6 +92,7 @@ def prepare_once(target: Path, build: Callable[[Path], None]) -> Path:
     with writing_to(target.parent), locked(target.parent / f".{target.name}.lock"):
         if target.is_dir():
             return target
+        _remove_abandoned(target)
         scratch = target.parent / f".{target.name}.incomplete-{uuid.uuid4().hex[:12]}"
         scratch.mkdir(parents=True)
         try:

@@ -6,8 +6,9 @@ Both are lossless on every UTF-8 text and put the document separator `eos_id` la
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,7 @@ _FIELD = "config.data.tokenizer"
 _KIND_FILE = "attnlab_tokenizer.json"
 _BPE_FILE = "tokenizer.json"
 _PIECE = 1 << 20  # longer texts are encoded in pieces cut after a newline
+_BLOCK = 16  # pieces encoded together
 
 
 class Tokenizer(Protocol):
@@ -38,6 +40,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: bytes | str) -> np.ndarray:
         """Returns the ids, int32 [n]; never contains eos_id."""
+
+    def blocks(self, text: bytes | str) -> Iterator[np.ndarray]:
+        """Yields the ids of `encode` in blocks, for texts whose ids would fill the memory."""
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """Returns the bytes of the ids; separators stand for nothing."""
@@ -60,6 +65,12 @@ class ByteTokenizer:
     def encode(self, text: bytes | str) -> np.ndarray:
         """Returns the bytes as int32 [n]; any bytes, also invalid UTF-8."""
         return np.frombuffer(_as_bytes(text), np.uint8).astype(np.int32)
+
+    def blocks(self, text: bytes | str) -> Iterator[np.ndarray]:
+        """Yields the ids of `encode` in blocks."""
+        view = memoryview(_as_bytes(text))
+        for start in range(0, len(view), _BLOCK * _PIECE):
+            yield self.encode(view[start : start + _BLOCK * _PIECE])
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """Returns the bytes of the ids; separators stand for nothing."""
@@ -96,14 +107,18 @@ class BpeTokenizer:
         Raises:
             ConfigError: the bytes are not valid UTF-8.
         """
+        return np.concatenate([np.zeros(0, np.int32), *self.blocks(text)])
+
+    def blocks(self, text: bytes | str) -> Iterator[np.ndarray]:
+        """Yields the ids of `encode` in blocks."""
         try:
             text = text if isinstance(text, str) else bytes(text).decode("utf-8")
         except UnicodeDecodeError as error:
             raise field_error(_FIELD, self.spec, f"the text is not valid UTF-8 ({error})", 'Use "bytes"') from error
-        if len(text) <= _PIECE:
-            return np.asarray(self._model.encode(text, add_special_tokens=False).ids, np.int32)
-        encodings = self._model.encode_batch(list(_pieces_of(text)), add_special_tokens=False)
-        return np.concatenate([np.asarray(encoding.ids, np.int32) for encoding in encodings])
+        pieces = iter(_pieces_of(text))
+        while batch := list(itertools.islice(pieces, _BLOCK)):
+            for encoding in self._model.encode_batch(batch, add_special_tokens=False):
+                yield np.asarray(encoding.ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """Returns the bytes of the ids; separators stand for nothing."""

@@ -23,7 +23,7 @@ from attnlab.inference.sampling import Sampler, draw, make_sampler
 
 
 class Static:
-    """A model as a static argument of `jax.jit`: equal models share a program, also those with fields that do not hash."""
+    """A model as a static argument of `jax.jit`: equal models share a program, even if a field does not hash."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -212,7 +212,9 @@ def _checked_prompt(prompt, prompt_mask, vocab_size):
     if mask.shape != prompt.shape:
         raise ConfigError(f"prompt_mask has shape {mask.shape}, prompt {prompt.shape}. Give both the same shape.")
     if not mask.any(axis=1).all():
-        raise ConfigError(f"prompt row {int(np.argmin(mask.any(axis=1)))} has no real token. Give each row at least one.")
+        raise ConfigError(
+            f"prompt row {int(np.argmin(mask.any(axis=1)))} has no real token. Give each row at least one."
+        )
     real = prompt[mask]
     if real.min() < 0 or (vocab_size is not None and real.max() >= vocab_size):
         raise ConfigError(

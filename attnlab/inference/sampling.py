@@ -7,7 +7,8 @@ Exact rules, in this order:
 2. top-k `k > 0`: the k largest logits stay (exactly k; among equal logits the lower ids come first). `k = 0`, or k at
    least the number of tokens, keeps all.
 3. top-p `0 < p <= 1`: the probabilities of what top-k left are renormalised and sorted downwards (equal ones by id);
-   a token stays while the sum of those before it is below `p`: the smallest set whose mass reaches `p`. `p = 1` keeps all.
+   a token stays while the sum of those before it is below `p`: the smallest set whose mass reaches `p`. `p = 1` keeps
+   all.
 
 The first token in that order always stays, so at least one token can be drawn. Nucleus sampling: Holtzman et al.,
 "The Curious Case of Neural Text Degeneration", arXiv 1904.09751, section 3.1.

@@ -11,7 +11,7 @@ from attnlab.nn.attention import DenseAttention
 
 
 class SoftmaxAttention(DenseAttention):
-    """Scaled dot-product attention (Vaswani et al., 2017, arXiv 1706.03762); the fields are those of `DenseAttention`."""
+    """Scaled dot-product attention (Vaswani et al., 2017, arXiv 1706.03762); fields as in `DenseAttention`."""
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, **masks: Any) -> jax.Array:
         """Calls `ops.softmax_attention`."""

@@ -1,15 +1,14 @@
 """The shared core of dense attention: one described call, and its reference by XLA.
 
-`AttentionCall` is what the implementations of `softmax_attention` and `sigmoid_attention` receive: arguments checked and
-brought into one form. `attend` is the readable reference and holds [T, S] scores; `attend_chunked` (ops/chunked.py) gives
-the same values and gradients without. Scores and statistics are float32; float32 inputs multiply with
+`AttentionCall` is what the implementations of `softmax_attention` and `sigmoid_attention` receive: arguments checked
+and brought into one form. `attend` is the readable reference and holds [T, S] scores; `attend_chunked` (ops/chunked.py)
+gives the same values and gradients without. Scores and statistics are float32; float32 inputs multiply with
 `Precision.HIGHEST`, bfloat16 inputs multiply as they are and accumulate in float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from attnlab.types import Array, Window
 
 # Stands for -infinity where a difference of two scores must stay finite.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-_static = functools.partial(dataclasses.field, metadata={"static": True})
+_STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -68,16 +67,16 @@ class AttentionCall:
     dense_bias: Array | None
     alibi_slopes: Array | None
     dropout_key: Array | None
-    normalization: Literal["softmax", "sigmoid"] = _static()
-    causal: bool = _static()
-    window: tuple[int | None, int | None] = _static()
-    scale: float = _static()
-    bias: float = _static(default=0.0)
-    dropout_rate: float = _static(default=0.0)
-    broadcast_dropout: bool = _static(default=True)
-    precision: Any = _static(default=None)
-    empty_slots: bool = _static(default=False)
-    self_segments: bool = _static(default=False)
+    normalization: Literal["softmax", "sigmoid"] = dataclasses.field(metadata=_STATIC)
+    causal: bool = dataclasses.field(metadata=_STATIC)
+    window: tuple[int | None, int | None] = dataclasses.field(metadata=_STATIC)
+    scale: float = dataclasses.field(metadata=_STATIC)
+    bias: float = dataclasses.field(default=0.0, metadata=_STATIC)
+    dropout_rate: float = dataclasses.field(default=0.0, metadata=_STATIC)
+    broadcast_dropout: bool = dataclasses.field(default=True, metadata=_STATIC)
+    precision: Any = dataclasses.field(default=None, metadata=_STATIC)
+    empty_slots: bool = dataclasses.field(default=False, metadata=_STATIC)
+    self_segments: bool = dataclasses.field(default=False, metadata=_STATIC)
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -214,7 +213,7 @@ def attention_matrix(call: AttentionCall) -> Array:
 def _weights(call: AttentionCall) -> tuple[Array, Array | None]:
     """Returns float32 weights [B, K, G, T, S], and the factor [B, K, G, T, 1] of their rows (softmax) or None."""
     batch, length, heads, width = call.q.shape
-    keys, kv_heads = call.k.shape[1:3]
+    kv_heads = call.k.shape[2]
     grouped = (batch, kv_heads, heads // kv_heads)
     q = call.q.reshape(batch, length, *grouped[1:], width)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, call.k, precision=_precision(call), preferred_element_type=jnp.float32)

@@ -1,7 +1,7 @@
 """Dense attention by query chunks: the values and gradients of the reference without its [T, S] scores.
 
-Queries are cut into bands with a static range of keys each, so that keys which the causal order hides cost nothing; a band
-is scanned chunk by chunk, and each chunk is recomputed in the backward pass. Inside a window of both sides a chunk
+Queries are cut into bands with a static range of keys each, so that keys which the causal order hides cost nothing; a
+band is scanned chunk by chunk, and each chunk is recomputed in the backward pass. Inside a window of both sides a chunk
 looks only at the keys that the window can reach.
 """
 
@@ -23,7 +23,7 @@ _SCORE_BYTES = 256 * 2**20
 
 
 def chunk_length(call: AttentionCall) -> int:
-    """Returns how many queries to take at a time: a multiple of 128 whose scores fill 64 MiB per device, at most 1024."""
+    """Returns how many queries to take at a time: a multiple of 128, at most 1024, for 64 MiB of scores per device."""
     length, keys = call.lengths
     shards = sharding.shard_count("batch") * sharding.shard_count("heads")
     per_query = max(4 * call.q.shape[0] * call.q.shape[2] * keys // shards, 1)
@@ -123,7 +123,7 @@ def _band(wide: AttentionCall, start: int, stop: int, last: int, chunk: int, spa
 
 
 def score_reason(call: AttentionCall) -> str | None:
-    """Returns why the chunked form serves better than the reference, or None: scores of more than 256 MiB per device."""
+    """Returns why the chunked form serves better than the reference (more than 256 MiB of scores), or None."""
     length, keys = call.lengths
     batch, heads = call.q.shape[0], call.q.shape[2]
     shards = sharding.shard_count("batch") * sharding.shard_count("heads") * sharding.shard_count("sequence")

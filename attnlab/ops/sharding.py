@@ -24,7 +24,8 @@ class MeshAxes(NamedTuple):
     sequence: tuple[str, ...] = ("context",)
 
 
-_axes: contextvars.ContextVar[MeshAxes] = contextvars.ContextVar("axes", default=MeshAxes())
+_DEFAULT = MeshAxes()
+_axes: contextvars.ContextVar[MeshAxes] = contextvars.ContextVar("axes", default=_DEFAULT)
 
 
 @contextlib.contextmanager

@@ -66,7 +66,8 @@ def sigmoid_attention(
         bias: constant of all scores, -ln(training length) in the paper; or an array broadcastable to [B, N, T, S] (XLA
             only). None = 0.
         temperature: a constant; scores and ALiBi are multiplied by its exponential, the bias is not.
-        row_normalization: divides row i of the weights by i + 1 ("row") or its root ("sqrt_row"), i the query's position.
+        row_normalization: divides row i of the weights by i + 1 ("row") or its root ("sqrt_row"), i the query's
+            position.
         implementation: "xla", "xla_chunked" or "pallas"; None takes the best that can (`ops.explain`).
         dropout_rng: key for the dropout of weights.
         dropout_rate: share of the weights dropped (XLA only).

@@ -1,4 +1,4 @@
-"""Dense softmax attention. It is a dependency, not a kernel of ours: cuDNN on GPU, splash attention on TPU, else XLA."""
+"""Dense softmax attention: a dependency, not a kernel of ours. cuDNN on GPU, splash attention on TPU, else XLA."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def softmax_attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T + ALiBi + bias) v over the keys that each query may see.
 
-    Scores and statistics are float32. A query that may see no key gets zeros, with zero gradients. The signature is that
-    of `flax.linen`'s `attention_fn`: `MultiHeadDotProductAttention(attention_fn=softmax_attention)`.
+    Scores and statistics are float32. A query that may see no key gets zeros, with zero gradients. The signature is
+    that of `flax.linen`'s `attention_fn`: `MultiHeadDotProductAttention(attention_fn=softmax_attention)`.
 
     Args:
         q: queries; head n attends with key/value head n // (N // K).

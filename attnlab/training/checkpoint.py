@@ -170,7 +170,8 @@ class Checkpoints:
 def _root_cause(error: BaseException) -> str:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:240]}"
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

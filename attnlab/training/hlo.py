@@ -22,7 +22,7 @@ _DTYPE_BYTES = {
 _START = re.compile(r"^ {2}(?:ROOT )?%?[\w.\-]+ = ")
 _INSTRUCTION = re.compile(r"^ {2}(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*\) -> .*)? \{$")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _COMMENT = re.compile(r"/\*.*?\*/")

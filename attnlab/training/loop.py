@@ -79,14 +79,12 @@ def train(config: ml_collections.ConfigDict, workdir_path: str) -> dict[str, Any
         NonFiniteLoss: training diverged.
         CheckpointError: a checkpoint could not be written.
     """
-    run = None
     lead = jax.process_index() == 0
     build(config)  # every check that needs no data, before anything is written
     notes = workdir.prepare(workdir_path, config, write=lead)
     text = data.open_text(config)
     run = build(config, vocab_size=padded_vocab(config, text.tokenizer.vocab_size))
-    progress_note = print if lead else (lambda *_: None)
-    checkpoints = Checkpoints(workdir_path, config, report=progress_note)
+    checkpoints = Checkpoints(workdir_path, config, report=print if lead else lambda _: None)
     try:
         return _Loop(run, text, checkpoints, workdir_path, notes, lead).run()
     finally:
@@ -113,8 +111,8 @@ class _Loop:
         self.last_eval: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
-        self._header()
         state, start = self._restore_or_init()
+        self._header(start)
         if start >= self.config.num_train_steps:
             self.say(f"nothing to do: step {start} of {self.config.num_train_steps} is done")
             return {"step": start, "finished": True}
@@ -233,9 +231,6 @@ class _Loop:
             return self.run_.init_state(), 0
         state, step, extra = restored
         self.loader.set_state(extra["data"])
-        self.say(f"resumed from step {step}")
-        for note in self.notes:
-            self.say(f"  changed since the run began: {note}")
         return state, step
 
     def _compile(self) -> Any:
@@ -254,7 +249,7 @@ class _Loop:
         self.say(line)
         return compiled
 
-    def _header(self) -> None:
+    def _header(self, start: int) -> None:
         config, run = self.config, self.run_
         device = run.mesh.devices.flat[0]
         mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
@@ -273,7 +268,7 @@ class _Loop:
         }
         if self.lead:
             self.text.tokenizer.save(os.path.join(self.folder, "tokenizer"))
-            workdir.record_run(self.folder, facts)
+            workdir.record(self.folder, config, facts)
         pattern = dict(flatten(config.model)).get("pattern") or [config.model.mixer]
         self.say(
             f"attnlab {__version__}, jax {jax.__version__}: {self.folder}\n"
@@ -285,6 +280,10 @@ class _Loop:
             f"  step     {config.batch_size} x {config.seq_len} = {si(tokens)} tokens, "
             f"{si(run.task.flops_per_step(run.abstract_state.params), 'FLOP')}; {config.num_train_steps} steps"
         )
+        if start:
+            self.say(f"resumed from step {start}")
+        for note in self.notes:
+            self.say(f"  changed since the run began: {note}")
 
 
 def _peak_flops(device: jax.Device) -> float:

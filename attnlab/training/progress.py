@@ -7,11 +7,13 @@ import time
 
 
 def si(value: float, unit: str = "") -> str:
-    """1234567 -> '1.23M'."""
+    """1234567 -> '1.23M'; with a unit '1.23 Munit'."""
+    space = " " if unit else ""
     for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
-            return f"{value / factor:.3g}{prefix}{unit}" if abs(value) < 999.5 * factor else f"{value / factor:.0f}{prefix}{unit}"
-    return f"{value:.3g}{unit}"
+            scaled = value / factor
+            return f"{scaled:.3g}{space}{prefix}{unit}" if scaled < 999.5 else f"{scaled:.0f}{space}{prefix}{unit}"
+    return f"{value:.3g}{space}{unit}"
 
 
 def binary_size(count: float) -> str:

@@ -105,8 +105,8 @@ def make_train_step(
             ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
         metrics |= {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
         }
         return TrainState(state.step + 1, params, opt_state, collections, ema), metrics
 

@@ -18,7 +18,7 @@ RUN_FILE = "run.json"
 
 
 def prepare(workdir: str, config: ml_collections.ConfigDict, *, write: bool) -> list[str]:
-    """Makes the folder, checks that it can be written and that it holds this config's run, and records the config.
+    """Makes the folder and checks that it can be written and that it holds this config's run, or none.
 
     Args:
         write: whether this process writes (process 0).
@@ -30,9 +30,8 @@ def prepare(workdir: str, config: ml_collections.ConfigDict, *, write: bool) -> 
         ConfigError: it cannot be written, or it holds a run of another config.
     """
     path = pathlib.Path(workdir)
-    file = path / CONFIG_FILE
     notes = []
-    if file.exists():
+    if (path / CONFIG_FILE).exists():
         saved = read_config(workdir)
         different = config_lib.differences(saved, config)
         if different:
@@ -47,12 +46,22 @@ def prepare(workdir: str, config: ml_collections.ConfigDict, *, write: bool) -> 
     if write:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, config_lib.to_json(config))
+            with tempfile.TemporaryFile(dir=path):
+                pass
         except OSError as error:
             raise ConfigError(
                 f"--workdir={workdir} cannot be written ({error.strerror}). Choose a folder that you may write to."
             ) from error
     return notes
+
+
+def record(workdir: str, config: ml_collections.ConfigDict, facts: dict[str, Any]) -> None:
+    """Writes `config.json`, and `run.json`: what the run is made of (data hash, versions, devices, parameters).
+
+    Called when all checks have passed: a start that failed leaves no config behind that the next one would have to match.
+    """
+    write_atomic(pathlib.Path(workdir) / CONFIG_FILE, config_lib.to_json(config))
+    write_atomic(pathlib.Path(workdir) / RUN_FILE, json.dumps(facts, indent=1, sort_keys=True) + "\n")
 
 
 def read_config(workdir: str) -> ml_collections.ConfigDict:
@@ -68,11 +77,6 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"--workdir={workdir} holds no run ({CONFIG_FILE} is missing). Train one first.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is damaged ({error}). Restore it, or start over in another --workdir.") from None
-
-
-def record_run(workdir: str, facts: dict[str, Any]) -> None:
-    """Writes `<workdir>/run.json`: what the run was made of (data hash, versions, devices, parameters)."""
-    write_atomic(pathlib.Path(workdir) / RUN_FILE, json.dumps(facts, indent=1, sort_keys=True) + "\n")
 
 
 def write_atomic(path: pathlib.Path, text: str) -> None:

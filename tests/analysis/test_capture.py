@@ -69,7 +69,7 @@ def test_mixers_without_maps_are_left_out_or_named():
     lm = model(pattern=("no_maps", "softmax"), num_layers=4)
     variables = jax.jit(lm.init)(jax.random.key(0), TOKENS)
     assert attention.capture(lm, variables, TOKENS).layers == (1, 3)
-    with pytest.raises(ConfigError, match="layers.*no_maps"):
+    with pytest.raises(ConfigError, match=r"layers.*no_maps"):
         attention.capture(lm, variables, TOKENS, layers=(0, 1))
     for bad in ({"layers": (4,)}, {"heads": (2,)}, {"heads": (-3,)}):
         with pytest.raises(ConfigError, match=next(iter(bad))):

@@ -12,7 +12,7 @@ import pytest
 
 from attnlab.analysis import attention, charts, images, report, text
 
-HOSTILE = '</script><script>alert("x")</script> & \'q\' <!-- \x00 \u202e'
+HOSTILE = "</script><script>alert(\"x\")</script> & 'q' <!-- \x00 \u202e"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -28,7 +28,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href", "action", "data")]
+        self.references += [
+            value for name, value in attributes if name in ("src", "href", "xlink:href", "action", "data")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -72,7 +74,7 @@ def full_report(hostile="plain"):
             "grad_norm": (steps, np.where(steps == 3, np.nan, 1.0)),
         },
         bits_per_nat=1 / np.log(2),
-        attention=views(text.token_labels(b"ab\n <", bytes, None) + [hostile]),
+        attention=views([*text.token_labels(b"ab\n <", bytes, None), hostile]),
         samples=[(hostile, hostile)],
         decoding=hostile,
         config=json.dumps({"name": hostile}),
@@ -90,7 +92,18 @@ def test_page_is_well_formed_and_loads_nothing(tmp_path):
     assert "default-src 'none'" in document
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     written = " ".join(page.text)
-    for word in ("2.100", "4.700", "gzip", "xz", "unigram", "bits per byte", "Entropy", "Mean distance", "Row mass", "L1 H2"):
+    for word in (
+        "2.100",
+        "4.700",
+        "gzip",
+        "xz",
+        "unigram",
+        "bits per byte",
+        "Entropy",
+        "Mean distance",
+        "Row mass",
+        "L1 H2",
+    ):
         assert word in written, word
     assert document.count('class="thumb"') == 4
 
@@ -175,6 +188,6 @@ def test_edge_labels_do_not_overlap():
 
 
 def test_token_labels_show_what_cannot_be_seen():
-    tokens = list("a\n\t ".encode() + b"\x00\xc3") + [256]
+    tokens = [*b"a\n\t \x00\xc3", 256]
     assert text.token_labels(tokens, bytes, 256) == ["a", "⏎", "⇥", "·", "␀", "c3", "␄"]
     assert text.readable("é\x00\n".encode() + b"\xff") == "é␀\n\ufffd"

@@ -7,7 +7,23 @@ import pytest
 
 from attnlab.data import open_text
 
-WORDS = "attention query key value head mask window softmax sigmoid route cluster memory état 注意 ∑".split()
+WORDS = [
+    "attention",
+    "query",
+    "key",
+    "value",
+    "head",
+    "mask",
+    "window",
+    "softmax",
+    "sigmoid",
+    "route",
+    "cluster",
+    "memory",
+    "état",
+    "注意",
+    "∑",
+]
 
 
 def make_config(name, cache, **fields):

@@ -2,15 +2,16 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 
-from attnlab.data import batch_spec
+from attnlab.data import batch_spec, open_text
 from attnlab.errors import ConfigError
 
-TRAIN = dict(batch_size=8, seq_len=16, seed=3, shuffle=True, repeat=True)
-VALIDATE = dict(batch_size=8, seq_len=16, seed=3, shuffle=False, repeat=False)
+TRAIN = {"batch_size": 8, "seq_len": 16, "seed": 3, "shuffle": True, "repeat": True}
+VALIDATE = {"batch_size": 8, "seq_len": 16, "seed": 3, "shuffle": False, "repeat": False}
 
 
 def take(loader, count):
@@ -114,7 +115,9 @@ class Rows:
     def __len__(self):
         return 10
     def read(self, records):
-        on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu"
+        import jax
+
+        on_cpu = jax.config.jax_platforms == os.environ.get("JAX_PLATFORMS") == "cpu"
         return {"inputs": np.full((len(records), 2), os.getpid() if on_cpu else 0, np.int32)}
 
 def main(_):
@@ -176,10 +179,10 @@ def test_describe_names_files_and_bytes(small, text_folder):
 @pytest.mark.parametrize(
     ("field", "change"),
     [
-        ("seq_len", dict(seq_len=32)),
-        ("batch_size", dict(batch_size=4)),
-        ("seed", dict(seed=4)),
-        ("shuffle", dict(shuffle=False)),
+        ("seq_len", {"seq_len": 32}),
+        ("batch_size", {"batch_size": 4}),
+        ("seed", {"seed": 4}),
+        ("shuffle", {"shuffle": False}),
     ],
 )
 def test_state_of_another_order_is_refused(small, field, change):
@@ -188,6 +191,14 @@ def test_state_of_another_order_is_refused(small, field, change):
         small().loader("train", **{**TRAIN, **change}).set_state(state)
     with pytest.raises(ConfigError, match="packing was 'windows', is 'packed'"):
         small(packing="packed").loader("train", **TRAIN).set_state(state)
+
+
+def test_resume_after_the_folder_has_moved(config, text_folder, tmp_path):
+    copy = shutil.copytree(text_folder, tmp_path / "moved")
+    here, there = (open_text(config(f"text:{path}", tmp_path)).loader("train", **TRAIN) for path in (text_folder, copy))
+    batches = take(here, 3)
+    there.set_state({**here.get_state(), "step": 1})
+    assert_same(take(there, 2), batches[1:])
 
 
 @pytest.mark.parametrize("state", [None, {}, {"version": 9, "step": 1}, {"version": 1, "step": "1"}])

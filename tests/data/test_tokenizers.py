@@ -59,8 +59,10 @@ def test_separators_stand_for_nothing(bpe):
 
 def test_long_texts_are_encoded_in_pieces(bpe, monkeypatch):
     monkeypatch.setattr(module, "_PIECE", 64)
-    for text in (TEXTS[0], "é".encode() * 500):
-        assert bpe.decode(bpe.encode(text)) == text
+    for text in (TEXTS[0], "é".encode() * 500, b""):
+        for tokenizer in (bpe, ByteTokenizer()):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+            np.testing.assert_array_equal(np.concatenate([[], *tokenizer.blocks(text)]), tokenizer.encode(text))
 
 
 def test_bpe_has_exactly_the_asked_size_and_compresses(bpe):
@@ -87,7 +89,12 @@ def test_too_little_text_for_the_vocabulary():
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [("byte", "did you mean 'bytes'"), ("bpe", "vocabulary size is missing"), ("bpe:1e3", "missing"), ("bpe:256", "257")],
+    [
+        ("byte", "did you mean 'bytes'"),
+        ("bpe", "vocabulary size is missing"),
+        ("bpe:1e3", "missing"),
+        ("bpe:256", "257"),
+    ],
 )
 def test_bad_specs(spec, message):
     with pytest.raises(ConfigError, match=f"config.data.tokenizer = '{spec}': .*{message}"):

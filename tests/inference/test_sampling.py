@@ -119,7 +119,7 @@ def test_bad_settings_name_the_field(settings, field):
 
 
 def test_random_sampling_needs_a_key_and_filtering_a_temperature():
-    with pytest.raises(ConfigError, match="^rng = None"):
+    with pytest.raises(ConfigError, match=r"^rng = None"):
         sampling.sample(LOGITS, None)
-    with pytest.raises(ConfigError, match="^temperature = 0"):
+    with pytest.raises(ConfigError, match=r"^temperature = 0"):
         sampling.filter_logits(LOGITS, temperature=0)
