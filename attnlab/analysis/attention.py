@@ -20,6 +20,7 @@ import numpy as np
 
 from attnlab.errors import ConfigError, field_error
 from attnlab.models.lm import LM, attention_maps
+from attnlab.models.static import Static
 
 STATISTICS = (
     "entropy",
@@ -152,11 +153,12 @@ def capture(
     Raises:
         ConfigError: a layer or head that does not exist, or mixers without maps.
     """
-    maps = _layer_maps(model, variables, jnp.asarray(tokens, jnp.int32))
     names = layer_mixers(model)
+    if layers is not None:
+        layers = [_index("layers", layer, len(names)) for layer in layers]
+    maps = _layer_maps(model, variables, jnp.asarray(tokens, jnp.int32))
     if layers is None:
         layers = [layer for layer, found in enumerate(maps) if found is not None]
-    layers = [_index("layers", layer, len(maps)) for layer in layers]
     missing = [layer for layer in layers if maps[layer] is None]
     if missing or not layers:
         raise field_error(
@@ -180,13 +182,14 @@ def layer_mixers(model: LM) -> tuple[str, ...]:
 
 def _layer_maps(model: LM, variables: Any, tokens: jax.Array) -> list[np.ndarray | None]:
     """One [B, N, T, T] per layer, None where the mixer has no attention weights."""
-    capturing = model.clone(capture_attention=True)
+    maps = _sown_maps(Static(model.clone(capture_attention=True)), variables, tokens)
+    return [None if found is None else np.asarray(found) for found in maps]
 
-    def sown(variables, tokens):
-        _, updated = capturing.apply(variables, tokens, method="features", mutable=["intermediates"])
-        return attention_maps(capturing, updated.get("intermediates", {}))
 
-    return [None if found is None else np.asarray(found) for found in jax.jit(sown)(variables, tokens)]
+@partial(jax.jit, static_argnums=0)
+def _sown_maps(static: Static, variables: Any, tokens: jax.Array) -> list[jax.Array | None]:
+    _, updated = static.model.apply(variables, tokens, method="features", mutable=["intermediates"])
+    return attention_maps(static.model, updated.get("intermediates", {}))
 
 
 def _index(field: str, index: int, size: int) -> int:

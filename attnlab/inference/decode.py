@@ -20,20 +20,7 @@ from jax import lax
 
 from attnlab.errors import ConfigError, field_error
 from attnlab.inference.sampling import Sampler, draw, make_sampler
-
-
-class Static:
-    """A model as a static argument of `jax.jit`: equal models share a program, even if a field does not hash."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self._key = (type(model), repr(model))
-
-    def __hash__(self):
-        return hash(self._key)
-
-    def __eq__(self, other):
-        return isinstance(other, Static) and self._key == other._key
+from attnlab.models.static import Static
 
 
 class Generation(NamedTuple):

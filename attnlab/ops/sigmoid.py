@@ -125,5 +125,8 @@ def row_factor(positions: Int[Array, "b T"], row_normalization: str) -> Float[Ar
     raise ConfigError(f"row_normalization = {row_normalization!r}: unknown. Use None, 'row' or 'sqrt_row'.")
 
 
+dispatch.register(
+    "sigmoid_attention", "pallas", "kernels_pallas.attention.implementation:IMPLEMENTATION", platforms=("tpu",)
+)
 dispatch.register("sigmoid_attention", "xla", dispatch.Implementation(attend, defer=score_reason))
 dispatch.register("sigmoid_attention", "xla_chunked", dispatch.Implementation(attend_chunked))

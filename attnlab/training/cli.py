@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ def run(main: Callable[[], int | None]) -> None:
     def guarded(_argv: list[str]) -> None:
         # The libraries report their internals at INFO; errors reach the user as messages of ours.
         logging.set_verbosity(logging.ERROR)
+        threading.excepthook = _thread_failed
         from attnlab.training.checkpoint import CheckpointError
         from attnlab.training.loop import NonFiniteLoss
 
@@ -50,10 +52,15 @@ def run(main: Callable[[], int | None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """The checkpoint threads' failures come back as CheckpointError in the main thread; others are bugs."""
+    if failure.thread is None or not failure.thread.name.startswith(("async_save", "save_finalize")):
+        threading.__excepthook__(failure)
+
+
 def _fail(message: str, code: int) -> None:
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
-    # Threads of the data pipeline and of checkpoints must not hold back an exit that is decided.
     sys.exit(code)
 
 

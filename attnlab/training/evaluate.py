@@ -255,7 +255,8 @@ def _data_notes(folder: str, config: ml_collections.ConfigDict, text: data.TextD
     if config.data.tokenizer != "bytes":
         raise ConfigError(
             f"config.data.name = {config.data.name!r}: the text is not the one of the run (sha256 "
-            f"{text.fingerprint[:12]}, the run has {trained_on[:12]}), and a {config.data.tokenizer} vocabulary depends on it. "
+            f"{text.fingerprint[:12]}, the run has {trained_on[:12]}), and "
+            f"a {config.data.tokenizer} vocabulary depends on it. "
             "Restore the run's text."
         )
     return [

@@ -40,7 +40,7 @@ def build(case: dict[str, Any], sharding: Any) -> tuple[Any, tuple]:
 
     case = {**DEFAULTS, **case}
     if case["tiles"]:
-        chosen = {n: tuning.Tiles(*t) if isinstance(t, list) else t for n, t in case["tiles"].items()}
+        chosen = {name: (tuning.Tiles(*tiles),) * 2 for name, tiles in case["tiles"].items()}
         plain = tuning.lookup
         tuning.lookup = lambda *args: plain(*args)._replace(**chosen)
     length = case["length"]

@@ -66,10 +66,10 @@ class Spec:
         block_kv: keys per block.
         table_batch: 1 or B, of the list of steps.
         table_groups: 1, K or N.
-        forward: tiles of the forward kernel.
-        online: query rows at a time where the softmax needs a running maximum.
-        dq: tiles of the dq kernel.
-        dkv: tiles of the dk, dv kernel (rows are keys).
+        forward: tiles of the forward kernel, in FULL and in PARTIAL blocks.
+        online: the same where the softmax needs a running maximum (whole rows; only `rows` and `depth` count).
+        dq: tiles of the dq kernel, alike.
+        dkv: tiles of the dk, dv kernel (rows are keys), alike.
         interpret: run in Pallas' interpreter.
     """
 
@@ -92,10 +92,10 @@ class Spec:
     block_kv: int
     table_batch: int
     table_groups: int
-    forward: Tiles
-    online: int
-    dq: Tiles
-    dkv: Tiles
+    forward: tuple[Tiles, Tiles]
+    online: tuple[Tiles, Tiles]
+    dq: tuple[Tiles, Tiles]
+    dkv: tuple[Tiles, Tiles]
     interpret: bool = False
 
     @property

@@ -218,10 +218,11 @@ def _forward_kernel(*refs: Any, spec: Spec, steps: int) -> None:
                 total[rows, :] += _fold_lanes(weights)
             acc[rows, :] += product(weights.astype(v.dtype), v[columns, :], NN)
 
-        pipelined(spec.forward, spec.block_q, spec.block_kv, functools.partial(scores_of, masked=masked), consume)
+        tiles = spec.forward[masked]
+        pipelined(tiles, spec.block_q, spec.block_kv, functools.partial(scores_of, masked=masked), consume)
 
     def online(masked):
-        tiles = Tiles(spec.online, spec.block_kv, 1 if spec.block_q > spec.online else 0, False)
+        tiles = spec.online[masked]._replace(columns=spec.block_kv)
 
         def produce(rows, columns):
             scores, mask = scores_of(rows, columns, masked)

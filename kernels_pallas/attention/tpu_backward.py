@@ -99,7 +99,7 @@ def _dq_kernel(*refs: Any, spec: Spec, steps: int) -> None:
             _, gradient = _weights_and_gradient(spec, scores, mask, upstream, lse, delta)
             acc[rows, :] += product(gradient.astype(k.dtype), k[columns, :], NN)
 
-        pipelined(spec.dq, spec.block_q, spec.block_kv, produce, consume)
+        pipelined(spec.dq[masked], spec.block_q, spec.block_kv, produce, consume)
 
     kind = schedule.kind(step)
     pl.when(kind == schedule.FULL)(functools.partial(body, False))
@@ -155,7 +155,7 @@ def _dkv_kernel(*refs: Any, spec: Spec, steps: int, per_query_head: bool) -> Non
             dv_acc[rows, :] += product(weights.astype(do.dtype), do[columns, :], NN)
             dk_acc[rows, :] += product(gradient.astype(q.dtype), q[columns, :], NN)
 
-        pipelined(spec.dkv, spec.block_kv, spec.block_q, produce, consume)
+        pipelined(spec.dkv[masked], spec.block_kv, spec.block_q, produce, consume)
 
     kind = schedule.kind(step)
     pl.when(kind == schedule.FULL)(functools.partial(body, False))

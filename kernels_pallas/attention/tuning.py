@@ -26,41 +26,44 @@ _RELATED = {"tpu_v4": "tpu_v5e", "tpu_v5p": "tpu_v5e", "tpu_7x": "tpu_v6e"}
 
 
 class Tuning(NamedTuple):
-    """Sizes of one call.
+    """Sizes of one call; tiles come in pairs, for blocks without and with a mask.
 
     Attributes:
         block: queries and keys per block where the caller does not say.
         forward: tiles of the forward kernel.
-        online: query rows at a time where the softmax needs a running maximum.
+        online: tiles of the forward kernel where the softmax needs a running maximum.
         dq: tiles of the dq kernel.
         dkv: tiles of the dk, dv kernel.
     """
 
     block: int
-    forward: Tiles
-    online: int
-    dq: Tiles
-    dkv: Tiles
+    forward: tuple[Tiles, Tiles]
+    online: tuple[Tiles, Tiles]
+    dq: tuple[Tiles, Tiles]
+    dkv: tuple[Tiles, Tiles]
+
+
+_WHOLE = [[512, 512, 0, False]] * 2
 
 
 @functools.cache
 def _load(device: str) -> dict[str, Any] | None:
-    file = importlib.resources.files("kernels_pallas.attention").joinpath("tuned", f"{device}.json")
+    file = tuned_file(device)
     return json.loads(file.read_text()) if file.is_file() else None
+
+
+def tuned_file(device: str) -> Any:
+    """Path of a device's table."""
+    return importlib.resources.files("kernels_pallas.attention").joinpath("tuned", f"{device}.json")
 
 
 def lookup(device_kind: str | None, form: Form) -> Tuning:
     """Returns the sizes for a device kind (None or unknown: those of the latest generation)."""
     device = DEVICES.get(device_kind or "", "tpu_v6e")
-    table = _load(device) or _load(_RELATED.get(device, "tpu_v6e"))
-    entry = table[form]
-    return Tuning(
-        entry["block"],
-        Tiles(*entry["forward"]),
-        entry.get("online", 512),
-        Tiles(*entry["dq"]),
-        Tiles(*entry["dkv"]),
-    )
+    table = _load(device) or _load(_RELATED.get(device, "")) or {}
+    entry = table.get(form, {})
+    pairs = (tuple(Tiles(*tiles) for tiles in entry.get(name, _WHOLE)) for name in Tuning._fields[1:])
+    return Tuning(entry.get("block", 512), *pairs)
 
 
 def block_size(length: int, largest: int) -> int:

@@ -1,7 +1,7 @@
 """Maps captured from a model: every layer, in order, the weights that the layer used."""
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,10 +17,17 @@ def model(**fields):
     return LM(**{"vocab_size": 32, "num_layers": 5, "dim": 16, "num_heads": 2, "train_length": 10} | fields)
 
 
+def random_variables(lm, scale=0.3):
+    """Parameters from numpy: nothing to compile."""
+    random = np.random.default_rng(1)
+    shapes = nn.unbox(jax.eval_shape(lm.init, jax.random.key(0), TOKENS))["params"]
+    return {"params": jax.tree.map(lambda leaf: (scale * random.normal(size=leaf.shape)).astype(np.float32), shapes)}
+
+
 @pytest.fixture(scope="module")
 def mixed():
     lm = model(pattern=("sigmoid", "near"), mixer_options={"near": {"mixer": "softmax", "window": (2, 0)}})
-    return lm, jax.jit(lm.init)(jax.random.key(0), TOKENS)
+    return lm, random_variables(lm)
 
 
 def test_all_layers_in_order(mixed):
@@ -67,7 +74,7 @@ def test_mixers_without_maps_are_left_out_or_named():
     if "no_maps" not in registry.names("mixer"):
         registry.register("mixer", "no_maps", NoMaps)
     lm = model(pattern=("no_maps", "softmax"), num_layers=4)
-    variables = jax.jit(lm.init)(jax.random.key(0), TOKENS)
+    variables = random_variables(lm)
     assert attention.capture(lm, variables, TOKENS).layers == (1, 3)
     with pytest.raises(ConfigError, match=r"layers.*no_maps"):
         attention.capture(lm, variables, TOKENS, layers=(0, 1))
@@ -78,7 +85,7 @@ def test_mixers_without_maps_are_left_out_or_named():
 
 def test_uniform_queries_give_uniform_maps():
     lm = model(num_layers=1)
-    variables = jax.tree.map(jnp.zeros_like, jax.jit(lm.init)(jax.random.key(0), TOKENS))
+    variables = random_variables(lm, scale=0.0)
     maps = attention.capture(lm, variables, TOKENS).maps
     statistics = attention.head_statistics(maps)
     lengths = np.arange(1, 11)

@@ -17,7 +17,7 @@ def causal_weights(batch=2, heads=3, length=9, *, row_mass=1.0, seed=0):
 def test_head_statistics_equal_loops():
     weights = causal_weights(row_mass=0.4)
     got = attention.head_statistics(weights)
-    assert tuple(got) == attention.STATISTICS
+    assert set(got) == set(attention.STATISTICS)
     batch, heads, length, _ = weights.shape
     for n in range(heads):
         want = {name: [] for name in attention.STATISTICS}

@@ -61,10 +61,14 @@ MODELS = {
 @pytest.fixture(scope="module", params=sorted(MODELS))
 def case(request):
     model = MODELS[request.param]()
-    variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
-    # larger weights than at the start of training, so that the argmax depends on the context
-    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), variables["params"])
-    return model, {"params": params}
+    return model, random_variables(model)
+
+
+def random_variables(model):
+    """Parameters from numpy: nothing to compile, and large enough that the argmax depends on the context."""
+    random = np.random.default_rng(1)
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
+    return {"params": jax.tree.map(lambda leaf: (0.4 * random.normal(size=leaf.shape)).astype(np.float32), shapes)}
 
 
 def prompts(shape, seed=0):
@@ -101,7 +105,7 @@ def test_ragged_batch_equals_each_row_alone(case):
 @pytest.fixture(scope="module")
 def recurrent():
     model = Recurrent()
-    return model, jax.jit(model.init)(jax.random.key(4), jnp.zeros((1, 4), jnp.int32))
+    return model, random_variables(model)
 
 
 def test_rows_end_at_eos_and_the_rest_is_filled(recurrent):

@@ -94,7 +94,9 @@ def test_weights_are_those_of_the_op(kind, draw, transcription):
     assert weights.shape == (2, 4, 20, 20)
     assert weights.dtype == jnp.float32
     with jax.enable_x64(True):
-        want = np.asarray(transcription.weights(kind, *(np.asarray(x, np.float64) for x in (q, k)), causal=True, window=(7, 0)))
+        want = np.asarray(
+            transcription.weights(kind, *(np.asarray(x, np.float64) for x in (q, k)), causal=True, window=(7, 0))
+        )
     np.testing.assert_allclose(weights, want, atol=1e-6)
     out = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(v, 2, axis=2))
     np.testing.assert_allclose(OPS[kind](q, k, v, causal=True, window=7), out, atol=1e-5)
@@ -184,12 +186,12 @@ def test_a_thousand_tokens_in_chunks_hold_no_score_matrix(draw):
     length = 1000
     arrays = draw(batch=1, length=length, heads=4, kv_heads=4)
 
-    def gradients(implementation, *arrays, **options):
-        fn = lambda q, k, v: (
-            ops.softmax_attention(q, k, v, causal=True, implementation=implementation)
-            if implementation == "xla"
-            else chunked("softmax", q, k, v, causal=True, **options)
-        )
+    def gradients(implementation, *arrays):
+        def fn(q, k, v):
+            if implementation == "xla":
+                return ops.softmax_attention(q, k, v, causal=True, implementation="xla")
+            return chunked("softmax", q, k, v, causal=True)
+
         out, pullback = jax.vjp(fn, *arrays[:3])
         return out, *pullback(arrays[3])
 
@@ -233,7 +235,9 @@ def test_dropout_keeps_the_mean_and_follows_its_key(draw):
 )
 def test_arguments_that_do_not_fit(change, message, draw):
     q, k, v, _ = draw()
-    arrays = {"q": q, "k": k, "v": v} | {name: jnp.zeros(shape) for name, shape in change.items() if isinstance(shape, tuple) and name in "kv"}
+    arrays = {"q": q, "k": k, "v": v} | {
+        name: jnp.zeros(shape) for name, shape in change.items() if isinstance(shape, tuple) and name in "kv"
+    }
     options = {name: value for name, value in change.items() if name not in ("k", "v")}
     with pytest.raises(ConfigError, match=message):
         ops.softmax_attention(arrays["q"], arrays["k"], arrays["v"], **options)

@@ -1,19 +1,31 @@
 """A run that is small enough to be trained many times."""
 
-import importlib.util
 import os
 import pathlib
 
 import pytest
 
+from attnlab.training import cli
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def load_lm_config(preset="smoke"):
-    spec = importlib.util.spec_from_file_location("lm_config", ROOT / "configs" / "lm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(preset)
+@pytest.fixture(scope="session")
+def make_tiny(tiny_fields):
+    """Makes the config of the tiny run: `make_tiny(num_train_steps=6, **{"model.mixer": "sigmoid"})`."""
+
+    def make(**changes):
+        config = cli.load_config(f"{ROOT / 'configs' / 'lm.py'}:smoke")
+        config.update_from_flattened_dict(tiny_fields | changes)
+        return config
+
+    return make
+
+
+@pytest.fixture
+def tiny(make_tiny):
+    """The same, by its short name."""
+    return make_tiny
 
 
 @pytest.fixture(scope="session")
@@ -43,18 +55,6 @@ def tiny_fields(corpus, cache_dir) -> dict:
         "model.dim": 32,
         "optimizer.warmup_steps": 2,
     }
-
-
-@pytest.fixture
-def tiny(tiny_fields):
-    """Makes the config of the tiny run: `tiny(num_train_steps=6, **{"model.mixer": "sigmoid"})`."""
-
-    def make(**changes):
-        config = load_lm_config()
-        config.update_from_flattened_dict(tiny_fields | changes)
-        return config
-
-    return make
 
 
 @pytest.fixture(scope="session")

@@ -119,7 +119,7 @@ def test_every_option_of_a_mixer_is_a_field(tiny):
     assert mixers[1].bias == -2.5
     config.model.mixer_options.sigmoid.bias = None
     sigmoid = build.build(config).task.model.make_mixer("sigmoid")
-    assert sigmoid._bias() == -math.log(32)  # the length trained with
+    assert sigmoid.constant_bias() == -math.log(32)  # the length trained with
 
 
 def test_mesh_shape_fills_what_is_left():

@@ -76,21 +76,33 @@ def test_report_shows_the_run(evaluated, folder):
     assert f"{evaluated['bits_per_byte']:.3f}" in document and "moving average" in document
 
 
-def test_terminal_ends_with_one_json_line_and_needs_no_config(folder, capsys):
-    greedy = evaluate.Options(temperature=0, eval_batches=1, step=6, split="validation", prompt="", max_new_tokens=4)
-    figures = evaluate.main(str(folder), None, greedy)
-    *table, last = capsys.readouterr().out.rstrip("\n").split("\n")
-    assert json.loads(last) == figures and figures["step"] == 6 and 0 < figures["tokens"] <= 4 * 32
+def test_command_line_ends_with_one_json_line_and_needs_no_config(run_python, folder):
+    flags = ["--temperature=0", "--eval_batches=1", "--step=6", "--split=validation", "--prompt=", "--max_new_tokens=4"]
+    *table, last = run_python(["eval.py", f"--workdir={folder}", *flags]).stdout.rstrip("\n").split("\n")
+    figures = json.loads(last)
+    assert set(figures) >= FIGURES
+    assert figures["step"] == 6 and figures["split"] == "validation" and 0 < figures["tokens"] <= 4 * 32
     assert any("bits per byte" in line for line in table) and any("unigram" in line for line in table)
 
 
-def test_another_batch_size_is_the_same_model(folder, config, evaluated):
+def test_command_line_says_what_is_wrong(run_python):
+    process = run_python(["eval.py", "--workdir=/nowhere/run"], check=False)
+    assert process.returncode == 2 and "holds no run" in process.stderr and "Traceback" not in process.stderr
+
+
+def test_another_batch_size_is_the_same_model_and_changed_text_is_noted(folder, config, evaluated, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    facts = evaluate.run_facts(folder)
+    assert facts["data_fingerprint"]
+    workdir.record(str(copy), workdir.read_config(str(folder)), facts | {"data_fingerprint": "0" * 64})
     other = config.copy_and_resolve_references()
     with other.unlocked():
         other.batch_size, other.num_train_steps = 2, 99
-    figures = evaluate.evaluate(str(folder), other, evaluate.Options(max_new_tokens=1)).figures
-    assert figures["loss"] == pytest.approx(evaluated["loss"], rel=1e-5)
-    assert (figures["tokens"], figures["bytes"]) == (evaluated["tokens"], evaluated["bytes"])
+    result = evaluate.evaluate(str(copy), other, evaluate.Options(max_new_tokens=1))
+    assert result.figures["loss"] == pytest.approx(evaluated["loss"], rel=1e-5)
+    assert (result.figures["tokens"], result.figures["bytes"]) == (evaluated["tokens"], evaluated["bytes"])
+    assert "the text differs from the run's" in evaluate.table(result)
 
 
 @pytest.mark.parametrize(
@@ -124,22 +136,3 @@ def test_missing_run_and_missing_checkpoint(folder, tmp_path):
     shutil.copy(folder / "config.json", tmp_path)
     with pytest.raises(ConfigError, match="has no checkpoint"):
         evaluate.evaluate(str(tmp_path), None, evaluate.Options())
-
-
-def test_changed_text_is_noted(folder, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    facts = evaluate.run_facts(folder)
-    assert facts["data_fingerprint"]
-    workdir.record(str(copy), workdir.read_config(str(folder)), facts | {"data_fingerprint": "0" * 64})
-    result = evaluate.evaluate(str(copy), None, evaluate.Options(eval_batches=1, max_new_tokens=1))
-    assert "the text differs from the run's" in evaluate.table(result)
-
-
-def test_command_line(run_python, folder, config):
-    command = ["eval.py", f"--workdir={folder}", "--eval_batches=1", "--max_new_tokens=3", "--top_k=5"]
-    figures = json.loads(run_python(command).stdout.rstrip("\n").split("\n")[-1])
-    assert set(figures) >= FIGURES
-    for bad, message in (([], "--workdir is missing"), (["--workdir=/nowhere/run"], "holds no run")):
-        process = run_python(["eval.py", *bad], check=False)
-        assert process.returncode == 2 and message in process.stderr and "Traceback" not in process.stderr

@@ -26,14 +26,10 @@ def losses(workdir):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_fields, tmp_path_factory):
+def undisturbed(make_tiny, tmp_path_factory):
     """The workdir of the tiny run, never interrupted."""
-    from conftest import load_lm_config
-
-    config = load_lm_config()
-    config.update_from_flattened_dict(tiny_fields)
     workdir = tmp_path_factory.mktemp("undisturbed")
-    result = loop.train(config, str(workdir))
+    result = loop.train(make_tiny(), str(workdir))
     assert result["finished"]
     assert result["eval/bits_per_byte"] > 0
     return workdir
@@ -166,31 +162,23 @@ def test_checkpoint_of_another_model_names_the_arrays(undisturbed, tiny):
         restored(undisturbed, tiny(), step=7)
 
 
-def test_divergence_names_step_batch_and_way_back(tiny, tmp_path):
-    config = tiny(**{"optimizer.clip_norm": 0.0, "checkpoint_every_steps": 2})
-    loop.train(tiny(**{"optimizer.clip_norm": 0.0, "checkpoint_every_steps": 2, "num_train_steps": 4}), str(tmp_path))
-    loop_peak = config.optimizer.learning_rate
-    assert loop_peak < 1
-    run = build(config)
-    poisoned = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), run.abstract_state.params)
-    text_error = None
-    original = loop.Checkpoints.restore
-    try:
-        loop.Checkpoints.restore = lambda self, abstract, **kw: (
-            (lambda state, step, extra: (state.replace(params=jax.device_put(poisoned)), step, extra))(
-                *original(self, abstract, **kw)
-            )
-        )
-        loop.train(config, str(tmp_path))
-    except loop.NonFiniteLoss as error:
-        text_error = str(error)
-    finally:
-        loop.Checkpoints.restore = original
-    assert text_error is not None
-    assert "step 5: not finite" in text_error
-    assert "Batch: text:" in text_error and "sha256" in text_error
-    assert "Last good checkpoint: step 4" in text_error
-    assert restored(tmp_path, config)[1] == 4
+def test_divergence_names_step_batch_and_way_back(tiny, tmp_path, monkeypatch):
+    changes = {"optimizer.clip_norm": 0.0, "checkpoint_every_steps": 2}
+    loop.train(tiny(**changes, num_train_steps=4), str(tmp_path))
+    restore = Checkpoints.restore
+
+    def poisoned(self, abstract_state, **kwargs):
+        state, step, extra = restore(self, abstract_state, **kwargs)
+        return state.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params)), step, extra
+
+    monkeypatch.setattr(Checkpoints, "restore", poisoned)
+    with pytest.raises(loop.NonFiniteLoss) as error:
+        loop.train(tiny(**changes), str(tmp_path))
+    monkeypatch.undo()
+    assert "step 5: not finite" in str(error.value)
+    assert "Batch: text:" in str(error.value) and "sha256" in str(error.value)
+    assert "Last good checkpoint: step 4" in str(error.value)
+    assert restored(tmp_path, tiny(**changes))[1] == 4
 
 
 def test_infinite_learning_rate_stops_the_command(run_python, tiny_flags, tmp_path):
@@ -225,13 +213,13 @@ def test_full_disk_during_a_checkpoint_keeps_the_earlier_ones(run_python, tiny_f
 def test_sigterm_and_sigint_save_and_exit_cleanly(start_python, run_python, tiny_flags, tmp_path):
     flags = tiny_flags(tmp_path, num_train_steps=4000, checkpoint_every_steps=100_000, eval_every_steps=100_000)
     for number in (signal.SIGTERM, signal.SIGINT):
-        process = start_python(flags)
-        for line in process.stdout:
-            if line.startswith("step"):
-                break
-        process.send_signal(number)
-        out = process.stdout.read()
-        assert process.wait(timeout=60) == 0, out
+        with start_python(flags) as process:
+            for line in process.stdout:
+                if line.startswith("step"):
+                    break
+            process.send_signal(number)
+            out = process.stdout.read()
+        assert process.returncode == 0, out
         assert f"{signal.Signals(number).name}: saved step" in out
 
 
@@ -243,19 +231,18 @@ def test_killed_at_random_moments_resumes_bit_for_bit(start_python, run_python, 
     flags = tiny_flags(tmp_path / "killed", **fields)
     kills = 0
     while kills < 20:
-        process = start_python(flags)
-        deadline = None
-        for line in process.stdout:  # from the first step on, so that most kills meet training
-            if line.startswith("step") and deadline is None:
-                deadline = time.monotonic() + rng.random() * 0.15
-            if deadline is not None and time.monotonic() > deadline:
-                process.kill()
-                break
-        process.stdout.read()
-        code = process.wait(timeout=60)
-        if code == 0:
+        with start_python(flags) as process:
+            deadline = None
+            for line in process.stdout:  # from the first step on, so that most kills meet training
+                if line.startswith("step") and deadline is None:
+                    deadline = time.monotonic() + rng.random() * 0.15
+                if deadline is not None and time.monotonic() > deadline:
+                    process.kill()
+                    break
+            process.stdout.read()
+        if process.returncode == 0:
             break  # finished between two kills: enough of them below
-        assert code == -signal.SIGKILL
+        assert process.returncode == -signal.SIGKILL
         kills += 1
     out = run_python(flags).stdout
     assert kills >= 10

@@ -26,7 +26,7 @@ class WeightedRegression:
     def loss(self, params, collections, batch, rng):
         error = (self.model.apply({"params": params}, batch["x"])[:, 0] - batch["y"]) ** 2
         weight = jnp.sum(batch["mask"])
-        loss = jnp.sum(error * batch["mask"]) / weight
+        loss = jnp.sum(error * batch["mask"]) / jnp.maximum(weight, 1.0)
         seen = {"statistics": {"seen": collections["statistics"]["seen"] + weight}}
         return loss, LossAux(weight=weight, metrics={"loss": loss}, collections=seen)
 
@@ -141,4 +141,4 @@ def test_rsqrt_halves_at_four_times_the_warm_up():
 )
 def test_bad_names_get_a_hint(changes, message):
     with pytest.raises(ConfigError, match=message):
-        make_optimizer(optimizer_config(**changes), PARAMS, 10)
+        make_optimizer(optimizer_config(**{"warmup_steps": 2} | changes), PARAMS, 10)
