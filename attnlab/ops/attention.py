@@ -215,8 +215,9 @@ def _weights(call: AttentionCall) -> tuple[Array, Array | None]:
     batch, length, heads, width = call.q.shape
     kv_heads = call.k.shape[2]
     grouped = (batch, kv_heads, heads // kv_heads)
-    q = call.q.reshape(batch, length, *grouped[1:], width)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, call.k, precision=_precision(call), preferred_element_type=jnp.float32)
+    # Heads before rows, so that both products have their natural order and no [T, S] array is ever transposed.
+    q = jnp.transpose(call.q.reshape(batch, length, *grouped[1:], width), (0, 2, 3, 1, 4))
+    scores = jnp.einsum("bkgth,bskh->bkgts", q, call.k, precision=_precision(call), preferred_element_type=jnp.float32)
     if call.scale != 1.0:
         scores = scores * call.scale
     q_positions, kv_positions = call.positions()
@@ -260,15 +261,16 @@ def _apply(call: AttentionCall, weights: Array, norm: Array | None) -> Array:
         keep = jax.random.bernoulli(call.dropout_key, 1.0 - call.dropout_rate, shape)
         weights = jnp.where(keep, weights / (1.0 - call.dropout_rate), 0.0)
     out = jnp.einsum(
-        "bkgts,bskh->btkgh",
+        "bkgts,bskh->bkgth",
         weights.astype(call.v.dtype),
         call.v,
         precision=_precision(call),
         preferred_element_type=jnp.float32,
     )
     if norm is not None:
-        out = out * jnp.transpose(norm, (0, 3, 1, 2, 4))
-    return out.reshape(call.q.shape).astype(call.q.dtype)
+        out = out * norm
+    out = jnp.transpose(out.astype(call.q.dtype), (0, 3, 1, 2, 4))
+    return out.reshape(call.q.shape)
 
 
 def _precision(call: AttentionCall) -> Any:

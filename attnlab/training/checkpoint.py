@@ -136,7 +136,8 @@ class Checkpoints:
         metadata = ocp.StandardCheckpointHandler().metadata(self.directory / str(step) / "state")
         saved = _shapes(getattr(metadata, "tree", metadata))
         wanted = _shapes(abstract_state)
-        different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+        different = [key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key)]
+        different.sort(key=lambda key: (not key.startswith("params/"), key))
         if different:
             lines = [f"  {key}: saved {saved.get(key, 'absent')}, config {wanted.get(key, 'absent')}" for key in different]
             raise ConfigError(

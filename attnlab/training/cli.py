@@ -37,7 +37,7 @@ def run(main: Callable[[], int | None]) -> None:
 
     def guarded(_argv: list[str]) -> None:
         # The libraries report their internals at INFO; errors reach the user as messages of ours.
-        logging.set_verbosity(logging.ERROR)
+        logging.set_verbosity(logging.FATAL)
         threading.excepthook = _thread_failed
         from attnlab.training.checkpoint import CheckpointError
         from attnlab.training.loop import NonFiniteLoss

@@ -104,7 +104,7 @@ def parameter_labels(config: ml_collections.ConfigDict, params: Any) -> Any:
             patterns[name] = re.compile(group.match)
         except re.error as error:
             raise field_error(f"config.optimizer.groups.{name}.match", group.match, f"is no regular expression ({error})",
-                              "Correct it")  # fmt: skip
+                              "Correct it") from error  # fmt: skip
 
     def label(path, _):
         where = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -6,7 +6,6 @@ import itertools
 import math
 from typing import Any
 
-import jax
 import numpy as np
 
 from attnlab.data import TextData

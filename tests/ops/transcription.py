@@ -47,13 +47,14 @@ def attention(kind, q, k, v, cotangent, **options):
     with jax.enable_x64(True):
 
         def forward(q, k, v):
-            return jnp.einsum(
-                "bnts,bsnh->btnh", weights(kind, q, k, **options), jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
-            )
+            return jnp.einsum("bnts,bsnh->btnh", weights(kind, q, k, **options), jnp.repeat(v, q.shape[2] // v.shape[2], axis=2))
 
-        arrays = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, cotangent)]
-        out, pullback = jax.vjp(forward, *arrays[:3])
-        return [np.asarray(x) for x in (out, *pullback(arrays[3]))]
+        @jax.jit
+        def everything(q, k, v, cotangent):
+            out, pullback = jax.vjp(forward, q, k, v)
+            return out, *pullback(cotangent)
+
+        return [np.asarray(x) for x in everything(*(np.asarray(x, np.float64) for x in (q, k, v, cotangent)))]
 
 
 def rope(x, interleaved):

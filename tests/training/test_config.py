@@ -8,7 +8,8 @@ import pytest
 
 from attnlab import registry
 from attnlab.errors import ConfigError, nearest
-from attnlab.training import build, cli, config as config_lib
+from attnlab.training import build, cli
+from attnlab.training import config as config_lib
 from attnlab.training.mesh import make_mesh, mesh_shape
 
 BAD = [

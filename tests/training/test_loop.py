@@ -137,7 +137,7 @@ def test_all_checkpoints_damaged_changes_nothing(undisturbed, tiny, tmp_path):
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
     for folder in folders:
         shutil.rmtree(folder / "state")
-    with pytest.raises(ConfigError, match="no checkpoint in .* can be read"):
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* can be read"):
         loop.train(tiny(), str(tmp_path / "run"))
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == folders
 
