@@ -86,7 +86,7 @@ def analyse(built: Run, target: topology.Topology) -> dict[str, Any]:
         "topology": target.spec,
         "device_kind": target.chip.device_kind,
         "num_devices": target.num_devices,
-        "mesh": {axis: size for axis, size in built.mesh.shape.items()},
+        "mesh": dict(built.mesh.shape.items()),
         "fits": refusal is None,
         "hbm_bytes": limit,
         "hbm_limit": why,

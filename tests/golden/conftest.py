@@ -15,9 +15,7 @@ _FOREIGN = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--goldens", default=str(DATA), metavar="DIR", help="folder of golden cases, default tests/golden/data"
-    )
+    parser.addoption("--goldens", default=str(DATA), metavar="DIR", help="folder of golden cases, default tests/golden/data")
 
 
 def pytest_generate_tests(metafunc):
