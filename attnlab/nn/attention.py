@@ -38,7 +38,7 @@ class DenseAttention(nn.Module):
         qk_norm: normalise queries and keys over H: None, "layernorm" or "rmsnorm"; one for all heads.
         proj_bias: biases in the projections.
         dropout: of the weights, and of the result.
-        implementation: of the op; None = the best that can run.
+        implementation: of the op, for whole sequences; None = the best that can run, as always with a cache.
         capture_attention: sow `attention`, the weights, and `attended` [B, T, N, H], weights times values, to
             `intermediates`.
     """
@@ -170,7 +170,8 @@ class DenseAttention(nn.Module):
             self.sow("intermediates", "attention", self.weights(q, k, positions, **masks))
         if self.dropout and not deterministic:
             masks |= {"dropout_rng": self.make_rng("dropout"), "dropout_rate": self.dropout, "deterministic": False}
-        y = self.attend(q, k, v, positions, implementation=self.implementation, **masks)
+        implementation = self.implementation if cache is None else None
+        y = self.attend(q, k, v, positions, implementation=implementation, **masks)
         if cache is not None:
             # A traced index cannot be checked beforehand, and beyond the last slot it would overwrite tokens unseen.
             y = jnp.where(cache.index > k.shape[1], jnp.nan, y)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attnlab.errors import ConfigError, nearest
+from attnlab.nn.partitioning import named
 
 
 class RMSNorm(nn.Module):
@@ -71,5 +72,4 @@ def norm_of(name: str) -> type[RMSNorm] | type[LayerNorm]:
 
 
 def _vector(module: nn.Module, name: str, init: Any, size: int) -> jax.Array:
-    init = nn.with_logical_partitioning(init, ("norm",))
-    return module.param(name, init, (size,), module.param_dtype).astype(jnp.float32)
+    return module.param(name, named(init, "norm"), (size,), module.param_dtype).astype(jnp.float32)

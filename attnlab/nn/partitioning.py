@@ -1,12 +1,38 @@
-"""Logical axis names on activations; they do nothing without a mesh and rules."""
+"""Logical axis names on parameters and activations; they do nothing without a mesh and rules."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+
+
+class Named(nn.LogicallyPartitioned):
+    """A parameter with logical axis names that also crosses `flax.nnx.bridge` where no mesh is set."""
+
+    def to_nnx_metadata(self) -> dict[str, Any]:
+        """Returns the metadata of an `nnx.Variable`; without a mesh nnx refuses names under its own key."""
+        metadata = super().to_nnx_metadata()
+        if jax.sharding.get_abstract_mesh().empty:
+            metadata["logical_names"] = metadata.pop("out_sharding")
+        return metadata
+
+    @classmethod
+    def from_nnx_metadata(cls, metadata: dict[str, Any]) -> Named:
+        """Undoes `to_nnx_metadata`."""
+        if "logical_names" in metadata:
+            metadata = dict(metadata)
+            metadata["out_sharding"] = metadata.pop("logical_names")
+        return super().from_nnx_metadata(metadata)
+
+
+def named(init: Callable[..., jax.Array], *names: str | None) -> Callable[..., Named]:
+    """Returns the initializer with a logical name for each axis of its result."""
+    return lambda *args, **kwargs: Named(init(*args, **kwargs), names)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from attnlab.nn.partitioning import named
+
 INIT_STD = 0.02  # of every kernel and embedding (normal)
 
 
@@ -33,14 +35,14 @@ class Projection(nn.Module):
         """Maps [..., *inputs] to [..., *outputs] in `dtype` (default: that of x)."""
         dtype = self.dtype or x.dtype
         init = nn.initializers.normal(INIT_STD)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.names), self.shape, self.param_dtype)
+        kernel = self.param("kernel", named(init, *self.names), self.shape, self.param_dtype)
         contracted = tuple(range(self.inputs))
         last = tuple(range(x.ndim - self.inputs, x.ndim))
         y = jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), ((last, contracted), ((), ())))
         if self.use_bias:
             # A bias is a small vector: it is never cut, whatever its heads are called.
             out = self.shape[self.inputs :]
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",) * len(out))
+            zeros = named(nn.initializers.zeros_init(), *("norm",) * len(out))
             y = y + self.param("bias", zeros, out, self.param_dtype).astype(dtype)
         return y
 
@@ -55,7 +57,7 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         """Declares the table; called by flax."""
-        init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STD), ("vocab", "embed"))
+        init = named(nn.initializers.normal(INIT_STD), "vocab", "embed")
         self.embedding = self.param("embedding", init, (self.vocab_size, self.dim), self.param_dtype)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

@@ -120,6 +120,9 @@ def _refuse_cudnn(call: AttentionCall) -> str | None:
     length, keys = call.lengths
     left, right = call.window
     width = call.q.shape[-1]
+    absent = _cudnn_absent()
+    if absent is not None:
+        return absent
     if call.q.dtype not in (jnp.float16, jnp.bfloat16):
         return f"cuDNN computes in float16 and bfloat16, not {call.q.dtype}"
     if width % 8 or width > 256:
@@ -129,6 +132,19 @@ def _refuse_cudnn(call: AttentionCall) -> str | None:
     if right not in (None, 0) or (left is not None and right != 0):
         return "cuDNN has windows only to the left of a causal query"
     return plain_reason(call, "cuDNN", segments=False, padding=False) or sharding.sequence_reason()
+
+
+def _cudnn_absent() -> str | None:
+    """Returns why jax cannot call cuDNN in this process, or None; jax itself asks only while it traces the call."""
+    try:
+        from jax._src.cudnn.fused_attention_stablehlo import check_cudnn_version
+    except ImportError:  # moved: then the call itself tells
+        return None
+    try:
+        check_cudnn_version()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def plain_reason(call: AttentionCall, who: str, *, segments: bool, padding: bool) -> str | None:

@@ -25,6 +25,7 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*\) -> .*)? \{$")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_END = re.compile(r"^\}(?:$|, )")  # `}` or `}, execution_thread="..."`; inside an instruction it would be `}}, `
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -239,7 +240,7 @@ def parse(text: str) -> Module:
                 current = Computation(header[2], {})
                 computations[header[2]] = current
                 entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             current = None
         else:
             instruction = _instruction(line)
@@ -252,7 +253,7 @@ def _logical_lines(text: str):
     """Joins the lines of an instruction whose attributes hold line breaks (JSON of a kernel's metadata does)."""
     pending, inside = None, False
     for line in text.splitlines():
-        if pending is not None and not _START.match(line) and line != "}":
+        if pending is not None and not _START.match(line) and not _END.match(line):
             pending += line
             continue
         if pending is not None:
@@ -261,7 +262,7 @@ def _logical_lines(text: str):
         if inside and _START.match(line):
             pending = line
             continue
-        inside = line != "}" and (inside or bool(_COMPUTATION.match(line)))
+        inside = not _END.match(line) and (inside or bool(_COMPUTATION.match(line)))
         yield line
     if pending is not None:
         yield pending

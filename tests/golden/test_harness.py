@@ -28,7 +28,7 @@ CASES = {
     "layer_roots": LAYER | {"activation": "sqrt_seq_len_normalized_sigmoid", "causal": False, "window": [4, 2]},
     "layer_softmax": LAYER | {"pos": "rope", "activation": "softmax", "attn_temp": 0.3, "window": [6, -1]},
     "block_plain": LAYER | {"kind": "block", "pos": "rope", "qk_norm": True},
-    "block_all": LAYER | {"kind": "block", "pos": "alibi", "num_heads": 2, "proj_bias": True, "hybrid_norm": True, "layer_scale": True},
+    "block_all": LAYER | dict.fromkeys(("proj_bias", "hybrid_norm", "layer_scale"), True) | {"kind": "block", "pos": "alibi"},
     "kernel_window": KERNEL | {"window": [5, 0], "causal": True, "attn_temp": 0.2},
     "kernel_alibi": KERNEL | {"pos": "alibi", "causal": False, "kv_heads": 1, "window": [3, 7]},
     "kernel_more_queries": KERNEL | {"causal": True, "kv_heads": 4, "lengths": [30, 17]},

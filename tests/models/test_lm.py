@@ -50,10 +50,17 @@ class Noisy(linen.Module):
 registry.register("mixer", "noisy", Noisy)
 
 
+_started = {}
+
+
 def start(**fields):
+    """Returns a model and its variables; models that differ in nothing that has parameters share them."""
     model = LM(**(FIELDS | fields))
-    variables = meta.unbox(model.init(jax.random.key(1), TOKENS))
-    return model, variables
+    same = {"remat", "capture_attention", "dropout", "dtype"}
+    key = repr(sorted((name, value) for name, value in fields.items() if name not in same))
+    if key not in _started:
+        _started[key] = meta.unbox(jax.jit(model.init)(jax.random.key(1), TOKENS))
+    return model, _started[key]
 
 
 def unrolled(params, repeats):
