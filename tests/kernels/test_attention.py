@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels_pallas.attention import attention
 
 from attnlab import ops
 from attnlab.ops import dispatch
+from kernels_pallas.attention import attention
 
 # Interpreted kernels are long programs that run for milliseconds: compile them without optimisation.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -177,7 +177,7 @@ def test_named_kernel_refuses_before_it_is_traced(shape, dtype, options, reason)
 def test_block_sizes_that_the_kernel_refuses():
     x = jnp.zeros((1, 128, 1, 64))
     index = jnp.zeros((1, 1, 2, 1), jnp.int32)
-    with dispatch.interpreted(), pytest.raises(NotImplementedError, match="block_q = 64.*multiple of 128"):
+    with dispatch.interpreted(), pytest.raises(NotImplementedError, match=r"block_q = 64.*multiple of 128"):
         ops.block_attention(x, x, x, index, block_q=64, block_kv=128, implementation="pallas")
     with pytest.raises(NotImplementedError, match="runs on tpu"):
         ops.block_attention(x, x, x, index, block_q=64, block_kv=128, implementation="pallas")

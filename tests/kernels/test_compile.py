@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+
 from kernels_pallas.attention.compile_case import build
 from kernels_pallas.common import static_schedule
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from kernels_pallas.attention import schedule, tuning
 from kernels_pallas.attention.spec import Tiles
 from kernels_pallas.attention.tpu import sub_tiles
