@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import pathlib
 import sys
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from attnlab.errors import ConfigError, nearest
@@ -37,7 +38,7 @@ def run(main: Callable[[], int | None]) -> None:
 
     def guarded(_argv: list[str]) -> None:
         # The libraries report their internals at INFO; errors reach the user as messages of ours.
-        logging.set_verbosity(logging.FATAL)
+        logging.disable(logging.ERROR)
         threading.excepthook = _thread_failed
         from attnlab.training.checkpoint import CheckpointError
         from attnlab.training.loop import NonFiniteLoss
@@ -54,7 +55,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     """The checkpoint threads' failures come back as CheckpointError in the main thread; others are bugs."""
-    if failure.thread is None or not failure.thread.name.startswith(("async_save", "save_finalize")):
+    if not type(failure.thread).__module__.startswith("orbax."):
         threading.__excepthook__(failure)
 
 
