@@ -31,9 +31,9 @@ def candidates(kernel: str) -> list[list[Any]]:
     """Tiles to try: [rows, columns, depth, column_major]."""
     if kernel == "online":
         return [[rows, BLOCK, depth, False] for rows in (512, 256, 128) for depth in (0, 1, 2) if depth < BLOCK // rows]
-    by_rows = [[rows, BLOCK, depth, False] for rows in (512, 256, 128) for depth in (0, 1) if depth < BLOCK // rows]
-    by_columns = [[rows, columns, depth, True] for rows in (512, 256, 128) for columns in (256, 128) for depth in (1, 4)]
-    return by_rows + by_columns
+    by_rows = [[rows, BLOCK, depth, False] for rows in (512, 304, 256, 176, 128) for depth in (0, 1) if depth < BLOCK // rows]
+    sizes = ((512, 256, 1), (512, 128, 1), (256, 256, 1), (256, 128, 1), (128, 128, 4))
+    return by_rows + [[rows, columns, depth, True] for rows, columns, depth in sizes]
 
 
 def cost(region: static_schedule.Region) -> float:

@@ -30,9 +30,10 @@ def attend_pallas(call: AttentionCall, blocks: Any = None) -> Array:
     options = {}
     if blocks is not None:
         index = blocks.index
-        if index.shape[1] not in (1, heads):  # one list per key/value head: they may have been repeated
+        letter = {1: "1", heads: "N"}.get(index.shape[1], "K")
+        if letter == "K":  # one list per key/value head, and these may have been repeated
             index = jnp.repeat(index, k.shape[2] // index.shape[1], axis=1)
-        arrays["block_index"] = (index, "BNQJ" if index.shape[1] > 1 else "B1QJ")
+        arrays["block_index"] = (index, f"B{letter}QJ")
         options = {"block_q": blocks.block_q, "block_kv": blocks.block_kv}
     arrays = {name: pair for name, pair in arrays.items() if pair[0] is not None}
     layouts = [layout if x.shape[0] == batch else "1" + layout[1:] for x, layout in arrays.values()]

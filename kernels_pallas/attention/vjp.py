@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, Literal, NamedTuple
@@ -16,6 +17,7 @@ from kernels_pallas.attention.tpu import forward
 from kernels_pallas.attention.tpu_backward import backward_dkv, backward_dq
 
 LARGEST_WIDTH = 256
+LARGEST_BLOCK = 2048
 # Below this bias a weight is so small (e^-12) that the absolute error of tanh, 1e-7, would show in bfloat16.
 _TANH_BIAS = -12.0
 # int32 entries of the list of steps that fit into scalar memory beside everything else
@@ -91,8 +93,7 @@ def attention(
     if normalization == "sigmoid":
         form = "tanh" if q.dtype == jnp.bfloat16 and bias >= _TANH_BIAS else "logistic"
     tuned = tuning.lookup(device_kind, form)
-    block_q = tuning.block_size(length, tuned.block) if block_q is None else block_q
-    block_kv = tuning.block_size(keys, tuned.block) if block_kv is None else block_kv
+    block_q, block_kv = _blocks(length, keys, tuned.block, block_q, block_kv)
     if kv_mask is not None:  # padding keys carry a segment that no query has
         kv_segment_ids = jnp.zeros((batch, keys), jnp.int32) if kv_segment_ids is None else kv_segment_ids
         q_segment_ids = jnp.zeros((batch, length), jnp.int32) if q_segment_ids is None else q_segment_ids
@@ -137,7 +138,7 @@ def attention(
     if spec.alibi:
         slopes = jax.lax.stop_gradient(jnp.broadcast_to(alibi_slopes.astype(jnp.float32), (batch, heads)))
     bounded = _certify(spec, q_in, k_in, slopes, q_vectors, kv_vectors) if form == "softmax" else None
-    out, lse = _attend(spec, q_in, k_in, v_in, slopes, _Indices(q_vectors, kv_vectors, block_index, bounded))
+    out, lse = _by_rows(spec, q_in, k_in, v_in, slopes, _Indices(q_vectors, kv_vectors, block_index, bounded))
     out = jnp.swapaxes(out[:, :, :length, :width], 1, 2)
     if not return_lse:
         return out
@@ -170,19 +171,34 @@ def refusal(
     if width > LARGEST_WIDTH:
         return f"the kernel holds heads of width H <= {LARGEST_WIDTH}, not {width}; use more heads, or 'xla'"
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
-        if block is not None and (block % LANES or not 0 < block <= 2048):
-            return f"{name} = {block}: the kernel needs a multiple of {LANES} up to 2048"
-    block_q, block_kv = block_q or 512, block_kv or 512
+        if block is not None and (block % LANES or not 0 < block <= LARGEST_BLOCK):
+            return f"{name} = {block}: the kernel needs a multiple of {LANES} up to {LARGEST_BLOCK}"
+    block_q, block_kv = _blocks(length, keys, LARGEST_BLOCK // 4, block_q, block_kv)
     q_blocks, kv_blocks = -(-length // block_q), -(-keys // block_kv)
     if max(q_blocks, kv_blocks) > schedule.MAX_BLOCKS:
         return f"{max(q_blocks, kv_blocks)} blocks: the kernel numbers at most {schedule.MAX_BLOCKS}; use larger blocks"
-    entries = q_blocks * kv_blocks if table is None else table[1] * (math.prod(table[2:]) + kv_blocks)
+    entries = _entries(q_blocks, kv_blocks, table)
     if entries > _SCALAR_ENTRIES:
         return (
             f"the list of block pairs has {entries} entries and scalar memory holds {_SCALAR_ENTRIES}; use larger blocks, "
             "shorter lists or fewer groups"
         )
     return None
+
+
+def _entries(q_blocks: int, kv_blocks: int, table: tuple[int, ...] | None) -> int:
+    """Steps of one batch row at most, for a dense call or for lists of the shape `table`."""
+    return q_blocks * kv_blocks if table is None else table[1] * (math.prod(table[2:]) + kv_blocks)
+
+
+def _blocks(length: int, keys: int, largest: int, block_q: int | None, block_kv: int | None) -> tuple[int, int]:
+    """Block sizes of a call: those given, else about `largest`, or larger where the list of pairs would be too long."""
+    while True:
+        q = tuning.block_size(length, largest) if block_q is None else block_q
+        kv = tuning.block_size(keys, largest) if block_kv is None else block_kv
+        if -(-length // q) * -(-keys // kv) <= _SCALAR_ENTRIES or largest >= LARGEST_BLOCK:
+            return q, kv
+        largest *= 2
 
 
 def _heads_first(x: jax.Array, padding: int, spec: Spec) -> jax.Array:
@@ -244,6 +260,24 @@ def _steps(spec: Spec, indices: _Indices, *, transposed: bool) -> jax.Array:
         steps = schedule.listed(indices.block_index, q, kv, spec.window, transposed=transposed)
     shape = (spec.table_batch, spec.table_groups, steps.shape[-1])
     return jnp.broadcast_to(jnp.asarray(steps, jnp.int32), shape)
+
+
+def _by_rows(spec: Spec, *inputs: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Runs `_attend` on so many batch rows at a time that their lists of steps fit into scalar memory."""
+    indices = inputs[-1]
+    table = None if indices.block_index is None else indices.block_index.shape
+    blocks = (-(-spec.length // spec.block_q), -(-spec.keys // spec.block_kv))
+    rows = max(_SCALAR_ENTRIES // _entries(*blocks, table), 1)
+    if spec.table_batch == 1 or rows >= spec.batch:
+        return _attend(spec, *inputs)
+    rows = next(r for r in range(rows, 0, -1) if spec.batch % r == 0)
+    part = dataclasses.replace(spec, batch=rows, table_batch=rows)
+
+    def cut(x):
+        return jnp.broadcast_to(x, (spec.batch, *x.shape[1:])).reshape(-1, rows, *x.shape[1:])
+
+    results = jax.lax.map(lambda cuts: _attend(part, *cuts), jax.tree.map(cut, inputs))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -141,6 +141,29 @@ def test_log_sum_exp_and_its_gradient():
         np.testing.assert_allclose(one, other, atol=2e-5 * float(jnp.abs(other).max()), rtol=1e-5)
 
 
+def test_long_lists_run_some_rows_at_a_time(monkeypatch):
+    arrays = draw(130, 130, 2, 2, 16, jnp.float32, batch=4)
+    index = jnp.array([[[[0, -1], [0, 1]]]] * 4, jnp.int32)
+
+    def gradients(*arrays):
+        options = {"block_q": 128, "block_kv": 128, "implementation": "pallas", "normalization": "sigmoid"}
+        return pulled(lambda *x: ops.block_attention(*x, index, **options), arrays)
+
+    with dispatch.interpreted():
+        whole = jit(gradients)(*arrays)
+        monkeypatch.setattr("kernels_pallas.attention.vjp._SCALAR_ENTRIES", 13)  # two rows of six entries
+        parts = jax.jit(gradients)(*arrays)
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_under_vmap():
+    q, k, v, _ = draw(130, 130, 1, 1, 16, jnp.float32, batch=2)
+    kernel = functools.partial(attention, normalization="sigmoid", causal=True, interpret=True)
+    mapped = jit(jax.vmap(lambda q, k, v: kernel(q[None], k[None], v[None])[0]))(q, k, v)
+    np.testing.assert_allclose(mapped, jit(kernel)(q, k, v), atol=1e-6)
+
+
 def test_small_weights_keep_their_relative_accuracy():
     q, k, v, _ = draw(128, 128, 1, 1, 32, jnp.float32)
     run = jit(functools.partial(attention, normalization="sigmoid", bias=-20.0, interpret=True))
