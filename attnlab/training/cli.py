@@ -40,6 +40,7 @@ def run(main: Callable[[], int | None]) -> None:
         # The libraries report their internals at INFO; errors reach the user as messages of ours.
         logging.disable(logging.ERROR)
         threading.excepthook = _thread_failed
+        sys.unraisablehook = _callback_failed
         from attnlab.training.checkpoint import CheckpointError
         from attnlab.training.loop import NonFiniteLoss
 
@@ -57,6 +58,12 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     """The checkpoint threads' failures come back as CheckpointError in the main thread; others are bugs."""
     if not type(failure.thread).__module__.startswith("orbax."):
         threading.__excepthook__(failure)
+
+
+def _callback_failed(failure: Any) -> None:
+    """After a failed write the storage library still calls back into the checkpoint library's closed event loop."""
+    if "Event loop is closed" not in str(failure.exc_value):
+        sys.__unraisablehook__(failure)
 
 
 def _fail(message: str, code: int) -> None:

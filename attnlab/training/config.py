@@ -205,13 +205,23 @@ def from_json(text: str) -> ml_collections.ConfigDict:
 
 
 def differences(saved: ml_collections.ConfigDict, present: ml_collections.ConfigDict) -> list[tuple[str, Any, Any]]:
-    """Returns (field, saved value, present value) of every difference that changes what a step computes."""
-    old, new = dict(flatten(saved)), dict(flatten(present))
+    """Returns (field, saved value, present value) of every difference that changes what a step computes.
+
+    Options of mixers that the run does not use do not count, and a field that is younger than the run had its default.
+    """
+    idle = tuple(f"model.mixer_options.{name}." for name in present.model.mixer_options if name not in _used(present.model))
+    old, new = dict(flatten(base())) | dict(flatten(saved)), dict(flatten(present))
     return [
         (field, old.get(field), new.get(field))
         for field in sorted(old.keys() | new.keys())
-        if old.get(field) != new.get(field) and not field.startswith(RESUMABLE)
+        if old.get(field) != new.get(field) and not field.startswith(RESUMABLE + idle)
     ]
+
+
+def _used(model: ml_collections.ConfigDict) -> set[str]:
+    """The mixers of the pattern and what they are aliases of."""
+    entries = layer_pattern(model)
+    return {*entries, *(model.mixer_options.get(entry, {}).get("mixer", entry) for entry in entries)}
 
 
 def layer_pattern(model: ml_collections.ConfigDict) -> tuple[str, ...]:

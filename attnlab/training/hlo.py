@@ -26,6 +26,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*\) -> .*)? \{$")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _END = re.compile(r"^\}(?:$|, )")  # `}` or `}, execution_thread="..."`; inside an instruction it would be `}}, `
+_MESH = re.compile(r"\breplica_groups=@?\w*mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -323,30 +324,36 @@ def parse_shape(text: str) -> tuple[Array, ...]:
 def replica_groups(instruction: Instruction, num_devices: int) -> np.ndarray | None:
     """Devices (by their place in the flattened mesh) that take part together, [groups, members]; None = not stated.
 
-    Reads the three notations of XLA: `{{0,2},{1,3}}`, `[2,2]<=[2,2]T(1,0)` and `mesh['a'=2,'b'=2] {'b'}`.
+    Reads the three notations of XLA: `{{0,2},{1,3}}`, `[2,2]<=[2,2]T(1,0)` and `mesh['a'=2,'b'=2] {'b'}`, the last one also
+    with the order of its devices: `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`.
     """
+    by_mesh = _MESH.search(instruction.attributes)
+    if by_mesh:
+        return _mesh_groups(*by_mesh.groups())
     text = instruction.attribute("replica_groups")
     if not text or text == "{}":
         return np.arange(num_devices)[None] if text else None
     if text.startswith("{"):
         groups = [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
         return np.array(groups) if groups and len({len(group) for group in groups}) == 1 else None
-    iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if iota:
-        shape, dims = (tuple(map(int, iota[i].split(","))) for i in (1, 2))
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            ids = ids.transpose(tuple(map(int, iota[3].split(","))))
-        return ids.reshape(shape) if len(shape) == 2 else ids.reshape(shape[0], -1)
-    return _mesh_groups(text)
-
-
-def _mesh_groups(text: str) -> np.ndarray | None:
-    found = re.match(r"@?\w*mesh\[([^\]]*)\]\s*(?:\([^)]*\))?\s*\{([^}]*)\}", text)
-    if not found:
+    iota = re.match(r"\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text)
+    if not iota:
         return None
-    sizes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])]
-    wanted = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[2])
+    shape = tuple(map(int, iota[1].split(",")))
+    return _iota(iota[2]).reshape(shape[0], -1)
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[2,4]T(1,0)`: 0, 1, ... in the shape [2, 4], transposed by (1, 0)."""
+    dims, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    sizes = tuple(map(int, dims.split(",")))
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose(tuple(map(int, order.split(",")))) if order else ids
+
+
+def _mesh_groups(axes: str, order: str | None, inside: str) -> np.ndarray | None:
+    sizes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)]
+    wanted = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", inside)
     dims, labels = [], []
     for name, size in sizes:
         part = next(((int(pre), int(n)) for axis, pre, n in wanted if axis == name and n), None)
@@ -356,7 +363,7 @@ def _mesh_groups(text: str) -> np.ndarray | None:
         else:
             dims.append(size)
             labels.append(name if any(axis == name for axis, *_ in wanted) else None)
-    inner = [i for i, label in enumerate(labels) if label]
-    outer = [i for i, label in enumerate(labels) if not label]
-    ids = np.arange(math.prod(dims)).reshape(dims).transpose(outer + inner)
-    return ids.reshape(-1, math.prod(dims[i] for i in inner))
+    within = [i for i, label in enumerate(labels) if label]
+    across = [i for i, label in enumerate(labels) if not label]
+    ids = np.arange(math.prod(dims)) if order is None else _iota(order)
+    return ids.reshape(dims).transpose(across + within).reshape(-1, math.prod(dims[i] for i in within))

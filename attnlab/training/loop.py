@@ -13,8 +13,10 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from attnlab import __version__, data
+from attnlab.errors import field_error
 from attnlab.training import validation, workdir
 from attnlab.training.build import Run, build, padded_vocab
 from attnlab.training.checkpoint import Checkpoints
@@ -83,6 +85,7 @@ def train(config: ml_collections.ConfigDict, workdir_path: str) -> dict[str, Any
     build(config)  # every check that needs no data, before anything is written
     notes = workdir.prepare(workdir_path, config, write=lead)
     text = data.open_text(config)
+    _check_same_text(config, text)
     run = build(config, vocab_size=padded_vocab(config, text.tokenizer.vocab_size))
     checkpoints = Checkpoints(workdir_path, config, report=print if lead else lambda _: None)
     try:
@@ -282,8 +285,26 @@ class _Loop:
         )
         if start:
             self.say(f"resumed from step {start}")
+        for note in self.text.notes:
+            self.say(f"  note: {note}")
         for note in self.notes:
             self.say(f"  changed since the run began: {note}")
+
+
+def _check_same_text(config: ml_collections.ConfigDict, text: Any) -> None:
+    """Every process must see the same content, or the global batch is a mixture that no restart can repeat."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    mine = np.array([int(text.fingerprint[start : start + 8], 16) for start in (0, 8, 16, 24)], np.uint32)
+    different = np.flatnonzero((multihost_utils.process_allgather(mine) != mine).any(axis=-1))
+    if different.size:
+        raise field_error(
+            "config.data.name", config.data.name,
+            f"has other content in process {jax.process_index()} than in process {different[0]}",
+            "Give every process the same files",
+        )  # fmt: skip
 
 
 def _peak_flops(device: jax.Device) -> float:

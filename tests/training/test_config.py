@@ -108,6 +108,17 @@ def test_only_fields_that_change_a_step_count_as_differences(tiny):
     assert config_lib.differences(old, tiny(seed=1, **{"model.dim": 64})) == [("model.dim", 32, 64), ("seed", 0, 1)]
 
 
+def test_options_of_mixers_that_the_run_does_not_use_do_not_count(tiny):
+    old = tiny().unlock()
+    old.model.mixer_options.sigmoid.qk_norm = "rmsnorm"
+    del old.model.mixer_options.sigmoid["rope"]  # as if the run were older than the field
+    assert config_lib.differences(old, tiny()) == []
+    old.model.mixer = "sigmoid"
+    assert config_lib.differences(old, tiny(**{"model.mixer": "sigmoid"})) == [
+        ("model.mixer_options.sigmoid.qk_norm", "rmsnorm", None)
+    ]
+
+
 def test_every_option_of_a_mixer_is_a_field(tiny):
     config = tiny()
     with config.unlocked():

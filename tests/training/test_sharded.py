@@ -120,3 +120,19 @@ def test_two_processes_train_and_resume_after_one_is_killed(start_two, run_pytho
     together, alone = losses(tmp_path / "killed"), losses(tmp_path / "alone")
     assert together.keys() == alone.keys() == set(range(1, 41))
     np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=2e-5)
+
+
+def test_processes_that_see_other_text_are_refused(start_python, tiny_flags, tmp_path):
+    port, processes = free_port(), []
+    for index in range(2):
+        folder = tmp_path / f"text{index}"
+        folder.mkdir()
+        for number in range(20):
+            (folder / f"{number}.txt").write_text(f"file {number} of process {index}\n" * 50)
+        flags = tiny_flags(tmp_path / "run", **{"data.name": f"text:{folder}"})
+        flags += [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}"]
+        processes.append(start_python(flags, devices=2))
+    with processes[0], processes[1]:
+        outputs = [process.stdout.read() for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert "config.data.name" in outputs[1] and "Give every process the same files" in outputs[1]
