@@ -13,12 +13,12 @@ Another mixer is one field: --config.model.mixer=sigmoid, or --config.model.patt
 
 from attnlab.training.config import base, preset
 
-# num_layers, dim, num_heads, num_kv_heads, seq_len, batch_size
+# Near the sizes that their names say, with a vocabulary of 32768.
 _SIZES = {
     "124m": {"num_layers": 12, "dim": 768, "num_heads": 12, "seq_len": 1024, "batch_size": 512},
     "350m": {"num_layers": 24, "dim": 1024, "num_heads": 16, "seq_len": 2048, "batch_size": 256},
-    "1b": {"num_layers": 16, "dim": 2048, "num_heads": 16, "num_kv_heads": 8, "seq_len": 4096, "batch_size": 256},
-    "7b": {"num_layers": 32, "dim": 4096, "num_heads": 32, "num_kv_heads": 8, "seq_len": 4096, "batch_size": 256},
+    "1b": {"num_layers": 16, "dim": 2048, "mlp_dim": 8192, "num_heads": 16, "num_kv_heads": 8, "seq_len": 4096, "batch_size": 256},
+    "7b": {"num_layers": 32, "dim": 4096, "mlp_dim": 14336, "num_heads": 32, "num_kv_heads": 8, "seq_len": 4096, "batch_size": 256},
 }
 
 
@@ -31,9 +31,9 @@ def get_config(arg: str | None = None):
 def small():
     """A byte-level model for two CPU cores: some minutes."""
     config = base()
-    config.num_train_steps = 600
-    config.batch_size, config.seq_len = 16, 256
-    config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps = 20, 200, 200
+    config.num_train_steps = 500
+    config.batch_size, config.seq_len = 8, 256
+    config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps = 20, 250, 250
     config.model.num_layers, config.model.dim, config.model.num_heads = 4, 192, 3
     config.model.dtype = "float32"  # a CPU has no fast bfloat16
     config.optimizer.learning_rate = 3e-3

@@ -29,6 +29,11 @@ def prepare(workdir: str, config: ml_collections.ConfigDict, *, write: bool) -> 
     Raises:
         ConfigError: it cannot be written, or it holds a run of another config.
     """
+    if "://" in workdir:
+        raise ConfigError(
+            f"--workdir={workdir} is an address, and a run writes to a folder. Mount the bucket (gcsfuse, NFS) on every host "
+            "and give the folder."
+        )
     path = pathlib.Path(workdir)
     notes = []
     if (path / CONFIG_FILE).exists():

@@ -224,4 +224,4 @@ def test_from_a_configuration():
 )
 def test_fields_that_do_not_fit(fields, message):
     with pytest.raises(ConfigError, match=message):
-        start(**fields)
+        jax.eval_shape(LM(**(FIELDS | fields)).init, jax.random.key(0), TOKENS)

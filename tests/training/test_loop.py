@@ -153,6 +153,8 @@ def test_unwritable_workdir(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         loop.train(tiny(), str(tmp_path / "file" / "run"))
+    with pytest.raises(ConfigError, match=r"--workdir=gs://bucket/run is an address.*Mount"):
+        loop.train(tiny(), "gs://bucket/run")
 
 
 def test_checkpoint_of_another_model_names_the_arrays(undisturbed, tiny):
