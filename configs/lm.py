@@ -36,6 +36,7 @@ def small():
     config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps = 20, 250, 250
     config.model.num_layers, config.model.dim, config.model.num_heads = 4, 192, 3
     config.model.dtype = "float32"  # a CPU has no fast bfloat16
+    config.model.scan_layers = False  # four layers compile fast enough, and run faster
     config.optimizer.learning_rate = 3e-3
     return config
 
@@ -48,6 +49,7 @@ def smoke():
     config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps = 5, 10, 10
     config.eval_batches = 4
     config.model.num_layers, config.model.dim, config.model.num_heads = 2, 64, 2
+    config.model.scan_layers = True
     return config
 
 
