@@ -19,8 +19,21 @@ _TABLE: dict[str, dict[str, str]] = {
     "mixer": {
         "softmax": "attnlab.nn.softmax:SoftmaxAttention",
         "sigmoid": "attnlab.nn.sigmoid:SigmoidAttention",
+        "bilevel_routing": "attnlab.nn.bilevel_routing:BiLevelRoutingAttention",
+        "routing": "attnlab.nn.routing:RoutingAttention",
+        "kmeans": "attnlab.nn.kmeans_attention:KMeansAttention",
+        "s2": "attnlab.nn.shifted:S2Attention",
+        "sf": "attnlab.nn.shifted:SFAttention",
+        "grassmann": "attnlab.nn.grassmann:GrassmannMixing",
+        "magnitude_aware": "attnlab.nn.magnitude_aware:MagnitudeAwareAttention",
+        "titans_lmm": "attnlab.nn.titans:TitansLMM",
+        "titans_mac": "attnlab.nn.titans:TitansMAC",
+        "titans_mag": "attnlab.nn.titans:TitansMAG",
+        "titans_mal": "attnlab.nn.titans:TitansMAL",
+        "titans_lucid": "attnlab.nn.titans_lucid:LucidMemory",
+        "segmented": "attnlab.nn.segmented:SegmentedAttention",
     },
-    "model": {"lm": "attnlab.models.lm:LM"},
+    "model": {"grassmann_lm": "attnlab.models.grassmann_lm:GrassmannLM", "lm": "attnlab.models.lm:LM"},
     "task": {"language_modeling": "attnlab.methods.language_modeling:LanguageModeling"},
 }
 _registered: dict[str, dict[str, Any]] = {}

@@ -71,6 +71,24 @@ class DenseAttention(nn.Module):
         raise NotImplementedError
 
     @nn.nowrap
+    def attend_options(self, cache: Any, deterministic: bool) -> dict[str, Any]:
+        """More keyword arguments for `attend` and `weights`, for a mixer that differs in training or with a cache."""
+        return {}
+
+    def attend_cached(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, mask: jax.Array | None, cache: Any, **masks: Any
+    ) -> tuple[jax.Array, Any]:
+        """Adds the tokens to the cache and attends to what it then holds: ([B, T, N, H], cache)."""
+        check_kv_cache(cache, q.shape[0], q.shape[1], q.dtype)
+        cache = extend_kv_cache(cache, k, v, positions, mask)
+        masks |= {"q_positions": positions, "kv_positions": cache.positions}
+        if self.capture_attention and self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "attention", self.weights(q, cache.k, positions, **masks))
+        y = self.attend(q, cache.k, cache.v, positions, **masks)
+        # A traced index cannot be checked beforehand, and beyond the last slot it would overwrite tokens unseen.
+        return jnp.where(cache.index > cache.k.shape[1], jnp.nan, y), cache
+
+    @nn.nowrap
     def widths(self) -> tuple[int, int]:
         """Returns (K, H).
 
@@ -130,13 +148,9 @@ class DenseAttention(nn.Module):
         """
         kv_heads, head_dim = self.widths()
         dtype = self.dtype or x.dtype
-        batch, length, _ = x.shape
-        if cache is not None:
-            if segment_ids is not None:
-                raise ConfigError(
-                    "segment_ids with a cache: rows of a cache are single sequences. Pass one of the two."
-                )
-            check_kv_cache(cache, batch, length, dtype)
+        length = x.shape[1]
+        if cache is not None and segment_ids is not None:
+            raise ConfigError("segment_ids with a cache: rows of a cache are single sequences. Pass one of the two.")
         if positions is None:
             # One row for the whole batch: the rotary embedding computes its angles once.
             positions = jnp.arange(length, dtype=jnp.int32)[None] + (0 if cache is None else cache.index)
@@ -160,21 +174,16 @@ class DenseAttention(nn.Module):
         masks: dict[str, Any] = {"causal": self.causal, "window": self.window}
         if self.alibi:
             masks["alibi_slopes"] = alibi_slopes(self.num_heads)
-        if cache is None:
-            masks |= {"q_segment_ids": segment_ids, "kv_mask": mask}
-        else:
-            cache = extend_kv_cache(cache, k, v, positions, mask)
-            k, v = cache.k, cache.v
-            masks |= {"q_positions": positions, "kv_positions": cache.positions}
-        if self.capture_attention and self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "attention", self.weights(q, k, positions, **masks))
         if self.dropout and not deterministic:
             masks |= {"dropout_rng": self.make_rng("dropout"), "dropout_rate": self.dropout, "deterministic": False}
-        implementation = self.implementation if cache is None else None
-        y = self.attend(q, k, v, positions, implementation=implementation, **masks)
+        masks |= self.attend_options(cache, deterministic)
         if cache is not None:
-            # A traced index cannot be checked beforehand, and beyond the last slot it would overwrite tokens unseen.
-            y = jnp.where(cache.index > k.shape[1], jnp.nan, y)
+            y, cache = self.attend_cached(q, k, v, positions, mask, cache, **masks)
+        else:
+            masks |= {"q_segment_ids": segment_ids, "kv_mask": mask}
+            if self.capture_attention and self.is_mutable_collection("intermediates"):
+                self.sow("intermediates", "attention", self.weights(q, k, positions, **masks))
+            y = self.attend(q, k, v, positions, implementation=self.implementation, **masks)
         if self.capture_attention:
             self.sow("intermediates", "attended", y)
         y = Projection(

@@ -210,14 +210,14 @@ def attention_matrix(call: AttentionCall) -> Array:
     return weights.reshape(batch, -1, length, keys)
 
 
-def _weights(call: AttentionCall) -> tuple[Array, Array | None]:
-    """Returns float32 weights [B, K, G, T, S], and the factor [B, K, G, T, 1] of their rows (softmax) or None."""
+def scores_and_mask(call: AttentionCall) -> tuple[Array, Array | None]:
+    """Returns float32 scores [B, K, G, T, S], biases added, and where they count (broadcastable; None = everywhere)."""
     batch, length, heads, width = call.q.shape
     kv_heads = call.k.shape[2]
     grouped = (batch, kv_heads, heads // kv_heads)
     # Heads before rows, so that both products have their natural order and no [T, S] array is ever transposed.
     q = jnp.transpose(call.q.reshape(batch, length, *grouped[1:], width), (0, 2, 3, 1, 4))
-    scores = jnp.einsum("bkgth,bskh->bkgts", q, call.k, precision=_precision(call), preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkgth,bskh->bkgts", q, call.k, precision=precision_of(call), preferred_element_type=jnp.float32)
     if call.scale != 1.0:
         scores = scores * call.scale
     q_positions, kv_positions = call.positions()
@@ -241,6 +241,12 @@ def _weights(call: AttentionCall) -> tuple[Array, Array | None]:
     if call.mask is not None:
         dense = _group(call.mask, grouped)
         mask = dense if mask is None else mask & dense
+    return scores, mask
+
+
+def _weights(call: AttentionCall) -> tuple[Array, Array | None]:
+    """Returns float32 weights [B, K, G, T, S], and the factor [B, K, G, T, 1] of their rows (softmax) or None."""
+    scores, mask = scores_and_mask(call)
     if call.normalization == "sigmoid":
         weights, norm = jax.nn.sigmoid(scores), None
         weights = weights if mask is None else jnp.where(mask, weights, 0.0)
@@ -264,7 +270,7 @@ def _apply(call: AttentionCall, weights: Array, norm: Array | None) -> Array:
         "bkgts,bskh->bkgth",
         weights.astype(call.v.dtype),
         call.v,
-        precision=_precision(call),
+        precision=precision_of(call),
         preferred_element_type=jnp.float32,
     )
     if norm is not None:
@@ -273,7 +279,8 @@ def _apply(call: AttentionCall, weights: Array, norm: Array | None) -> Array:
     return out.reshape(call.q.shape)
 
 
-def _precision(call: AttentionCall) -> Any:
+def precision_of(call: AttentionCall) -> Any:
+    """Precision of the products of a call: as asked for, else full for float32 inputs."""
     if call.precision is not None:
         return call.precision
     return jax.lax.Precision.HIGHEST if call.q.dtype == jnp.float32 else None

@@ -65,7 +65,7 @@ def block_attention(
         alibi_slopes: adds -slope * distance; constants.
         scale: of the products, default H^-1/2.
         bias: constant of all scores (sigmoid).
-        implementation: "pallas", "xla" (gathers the listed blocks) or "xla_dense" (the reference: a mask); None takes the
+        implementation: "pallas", "triton", "xla" (gathers the listed blocks) or "xla_dense" (the reference: a mask); None takes the
             best that can.
 
     Returns:
@@ -123,9 +123,9 @@ def attend_listed(call: AttentionCall, blocks: BlockIndex, chunk: int | None = N
         x = jnp.pad(x, [(0, 0), *padding], constant_values=value)
         return x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
-    def by_chunk(x: Array) -> Array:
+    def by_chunk(x: Array, value: int = 0) -> Array:
         """[b, R, ...] to [count, b, chunk, ...]."""
-        x = jnp.pad(x, [(0, 0), (0, count * chunk - rows), *[(0, 0)] * (x.ndim - 2)])
+        x = jnp.pad(x, [(0, 0), (0, count * chunk - rows), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
         return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
     k, v = (jnp.moveaxis(blocked(x, block_kv), 3, 1) for x in (call.k, call.v))  # [B, K, C, bkv, H]
@@ -139,8 +139,7 @@ def attend_listed(call: AttentionCall, blocks: BlockIndex, chunk: int | None = N
         kv_side["segments"] = blocked(call.kv_segment_ids, block_kv)
         q_side["segments"] = by_chunk(blocked(call.q_segment_ids, block_q))
     index = jnp.moveaxis(jnp.where(index < 0, -1, index), 1, 2)  # [B, R, G, J]
-    index = jnp.pad(index, ((0, 0), (0, count * chunk - rows), (0, 0), (0, 0)), constant_values=-1)
-    inputs = (by_chunk(q), by_chunk(index), q_side)
+    inputs = (by_chunk(q), by_chunk(index, -1), q_side)
 
     def one(inputs: tuple, k: Array, v: Array) -> Array:
         q, index, q_side = inputs
@@ -223,5 +222,6 @@ def _precision(call: AttentionCall) -> jax.lax.Precision | None:
 dispatch.register(
     "block_attention", "pallas", "kernels_pallas.attention.implementation:IMPLEMENTATION", platforms=("tpu",)
 )
+dispatch.register("block_attention", "triton", "kernels_pallas.attention_triton.implementation:IMPLEMENTATION", platforms=("gpu",))
 dispatch.register("block_attention", "xla", dispatch.Implementation(attend_listed))
 dispatch.register("block_attention", "xla_dense", dispatch.Implementation(attend_masked))

@@ -56,8 +56,14 @@ def shard_count(kind: str) -> int:
 def sequence_reason() -> str | None:
     """Returns why a kernel that needs whole sequences refuses: the mesh splits them. None where it does not."""
     if shard_count("sequence") > 1:
-        return f"the mesh splits sequences over {_axes.get().sequence}; XLA partitions the reference instead"
+        return f"the mesh splits sequences over {sequence_axes()}; 'ring' passes keys from device to device"
     return None
+
+
+def sequence_axes() -> tuple[str, ...]:
+    """Returns the mesh axes that split sequences here, in order; () where none does."""
+    active = active_axes()
+    return tuple(name for name in _axes.get().sequence if name in active)
 
 
 def axes_for(kind: str, size: int) -> tuple[str, ...] | None:
@@ -70,7 +76,9 @@ def axes_for(kind: str, size: int) -> tuple[str, ...] | None:
     return tuple(chosen) or None
 
 
-def shard_over_mesh(fn: Callable[..., Any], args: Sequence[Any], layouts: Sequence[str], out_layout: Any) -> Any:
+def shard_over_mesh(
+    fn: Callable[..., Any], args: Sequence[Any], layouts: Sequence[str], out_layout: Any, *, sequence: bool = False
+) -> Any:
     """Calls `fn(*args)` on each device's part of batch and heads; without a mesh it is just the call.
 
     Args:
@@ -80,6 +88,7 @@ def shard_over_mesh(fn: Callable[..., Any], args: Sequence[Any], layouts: Sequen
         layouts: one string per argument, a letter per dimension: B is split over the batch axes, N and K over the head
             axes, every other letter is whole. `1` stands for a dimension of size one.
         out_layout: the same for the result, or a pytree of such strings.
+        sequence: also split T and S over the sequence axes, which must divide them; `fn` then sees parts of sequences.
 
     Returns:
         What `fn` returns, with global sizes.
@@ -97,6 +106,8 @@ def shard_over_mesh(fn: Callable[..., Any], args: Sequence[Any], layouts: Sequen
     if head_sizes:
         heads = axes_for("heads", math.gcd(*head_sizes))
         split |= {"N": heads, "K": heads}
+    if sequence:
+        split |= dict.fromkeys("TS", sequence_axes())
 
     def spec(layout: str) -> PartitionSpec:
         return PartitionSpec(*(split.get(letter) for letter in layout))

@@ -68,7 +68,8 @@ def sigmoid_attention(
         temperature: a constant; scores and ALiBi are multiplied by its exponential, the bias is not.
         row_normalization: divides row i of the weights by i + 1 ("row") or its root ("sqrt_row"), i the query's
             position.
-        implementation: "xla", "xla_chunked" or "pallas"; None takes the best that can (`ops.explain`).
+        implementation: "xla", "xla_chunked", "pallas", "triton" or "ring" (sequences split by the mesh); None
+            takes the best that can (`ops.explain`).
         dropout_rng: key for the dropout of weights.
         dropout_rate: share of the weights dropped (XLA only).
         broadcast_dropout: one draw for all rows of the batch and heads.
@@ -128,5 +129,7 @@ def row_factor(positions: Int[Array, "b T"], row_normalization: str) -> Float[Ar
 dispatch.register(
     "sigmoid_attention", "pallas", "kernels_pallas.attention.implementation:IMPLEMENTATION", platforms=("tpu",)
 )
+dispatch.register("sigmoid_attention", "triton", "kernels_pallas.attention_triton.implementation:IMPLEMENTATION", platforms=("gpu",))
+dispatch.register("sigmoid_attention", "ring", "attnlab.ops.ring:IMPLEMENTATION")
 dispatch.register("sigmoid_attention", "xla", dispatch.Implementation(attend, defer=score_reason))
 dispatch.register("sigmoid_attention", "xla_chunked", dispatch.Implementation(attend_chunked))

@@ -57,7 +57,8 @@ def softmax_attention(
         alibi_slopes: adds -slope * distance; the distance is max(p - j, 0) when causal, else |p - j|.
         scale: of the products, default H^-1/2.
         bias: added to the scores, broadcastable to [B, N, T, S] (XLA only).
-        implementation: "xla", "xla_chunked", "cudnn", "splash" or "pallas"; None takes the best that can (`ops.explain`).
+        implementation: "xla", "xla_chunked", "cudnn", "splash", "pallas", "triton" or "ring" (sequences split by the
+            mesh); None takes the best that can (`ops.explain`).
         dropout_rng: key for the dropout of weights.
         dropout_rate: share of the weights dropped (XLA only).
         broadcast_dropout: one draw for all rows of the batch and heads.
@@ -174,5 +175,7 @@ dispatch.register("softmax_attention", "splash", "attnlab.ops.splash:IMPLEMENTAT
 dispatch.register(
     "softmax_attention", "pallas", "kernels_pallas.attention.implementation:IMPLEMENTATION", platforms=("tpu",)
 )
+dispatch.register("softmax_attention", "triton", "kernels_pallas.attention_triton.implementation:IMPLEMENTATION", platforms=("gpu",))
+dispatch.register("softmax_attention", "ring", "attnlab.ops.ring:IMPLEMENTATION")
 dispatch.register("softmax_attention", "xla", dispatch.Implementation(attend, defer=score_reason))
 dispatch.register("softmax_attention", "xla_chunked", dispatch.Implementation(attend_chunked))

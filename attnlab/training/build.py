@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attnlab import data, registry
 from attnlab.errors import field_error
+from attnlab.methods import lora
 from attnlab.methods.task import Task
 from attnlab.training import sharding
 from attnlab.training.config import validate
@@ -102,6 +103,7 @@ def build(
     rules = config.sharding_rules
     sharding.check_rules(rules, mesh)
     task: Task = registry.get("task", config.task)(config, vocab_size or padded_vocab(config))
+    task = lora.from_config(config, task)
 
     replicated = NamedSharding(mesh, PartitionSpec())
     def placed(specs: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -120,6 +122,8 @@ def build(
     shardings = sharding.variable_shardings(boxed, mesh, rules)
     params = nn.unbox(boxed)["params"]
     tx, schedule = make_optimizer(config.optimizer, params, config.num_train_steps)
+    if hasattr(task, "optimizer"):  # a task may train a part of its parameters
+        tx = task.optimizer(tx, params)
     init = functools.partial(init_state, task, tx, ema=config.ema_decay > 0)
     state_shardings = TrainState(
         step=replicated,

@@ -78,6 +78,7 @@ def base() -> ml_collections.ConfigDict:
     config.eval_batches = 16
     config.checkpoint_every_steps = 250
     config.checkpoint = ml_collections.ConfigDict({"keep": 3, "keep_every": 0})
+    config.init_from = ""  # workdir of a run whose parameters this one starts from
     config.profile_steps = ()  # (first, last): write a profiler trace of these steps to <workdir>/profile
 
     config.data = data = ml_collections.ConfigDict()
@@ -126,6 +127,14 @@ def base() -> ml_collections.ConfigDict:
     optimizer.groups = ml_collections.ConfigDict(
         {"vectors": {"match": r"(^|/)(scale|bias|gamma)$", "weight_decay": 0.0, "learning_rate_scale": 1.0, "frozen": False}}
     )
+
+    config.lora = lora = ml_collections.ConfigDict()  # fields of methods.lora.LoRA
+    lora.rank = 0  # 0 = no adapters: everything is trained
+    lora.alpha = 16.0
+    lora.targets = r"(^|/)(query|key|value|out)/kernel$"
+    lora.train = "embed|norm"  # what is trained beside the adapters
+    lora.two_inputs = r"(^|/)out/kernel$"
+    lora.stacked = r"(^|/)layers/"
 
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
     config.sharding_rules = SHARDING_RULES

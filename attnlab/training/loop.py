@@ -17,7 +17,7 @@ import numpy as np
 
 from attnlab import __version__, data
 from attnlab.errors import field_error
-from attnlab.training import validation, workdir
+from attnlab.training import validation, warm_start, workdir
 from attnlab.training.build import Run, build, padded_vocab
 from attnlab.training.checkpoint import Checkpoints
 from attnlab.training.config import flatten
@@ -231,7 +231,11 @@ class _Loop:
     def _restore_or_init(self) -> tuple[Any, int]:
         restored = self.checkpoints.restore(self.run_.abstract_state)
         if restored is None:
-            return self.run_.init_state(), 0
+            state = self.run_.init_state()
+            if self.config.init_from:
+                state = warm_start.load(self.run_, state, self.config.init_from)
+                self.say(f"parameters of {self.config.init_from}")
+            return state, 0
         state, step, extra = restored
         self.loader.set_state(extra["data"])
         return state, step

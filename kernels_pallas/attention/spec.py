@@ -15,9 +15,9 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 # Stands for -infinity where a difference of two scores must stay finite.
 MASKED = -1e30
-# Base-2 scores of a head that is certified to stay within this need no running maximum: 2^60 per key, summed over
-# millions of keys and multiplied with values, is far from the largest float32 (2^127), and so is 2^-60 from the smallest.
-BOUND = 60.0
+# Base-2 scores of a head that is certified to stay within this need no running maximum: 2^88 per key, summed over
+# millions of keys and multiplied with values, is far from the largest float32 (2^127), and so is 2^-88 from the smallest.
+BOUND = 88.0
 # contract over the minor dimension of both (x y^T), and the plain product
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
@@ -33,12 +33,15 @@ class Tiles(NamedTuple):
         columns: columns of scores per sub-tile.
         depth: how many sub-tiles the score products run ahead of their use.
         column_major: walk down the rows first.
+        staged: weights (and score gradients) wait in VMEM for their products. The compiler would else keep them in
+            registers, of which there are fewer than a block needs, and spill.
     """
 
     rows: int
     columns: int
     depth: int
     column_major: bool
+    staged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Spec:
         dq: tiles of the dq kernel, alike.
         dkv: tiles of the dk, dv kernel (rows are keys), alike.
         interpret: run in Pallas' interpreter.
+        wide: give results and gradients in float32.
     """
 
     form: Form
@@ -97,6 +101,7 @@ class Spec:
     dq: tuple[Tiles, Tiles]
     dkv: tuple[Tiles, Tiles]
     interpret: bool = False
+    wide: bool = False
 
     @property
     def factor(self) -> float:

@@ -46,16 +46,69 @@ def sub_tiles(tiles: Tiles, rows: int, columns: int) -> list[tuple[slice, slice]
     return [(r, c) for r in row_slices for c in column_slices]
 
 
-def pipelined(tiles: Tiles, rows: int, columns: int, produce: Any, consume: Any) -> None:
-    """Runs `consume(r, c, produce(r, c))` over the sub-tiles, `produce` ahead by the depth of the tiles."""
+def pipelined(
+    tiles: Tiles, rows: int, columns: int, produce: Any, consume: Any, stage: list[tuple] | None = None, nothing: Any = 0
+) -> None:
+    """Runs `consume(r, c, *produce(r, c))` over the sub-tiles, `produce` ahead by the depth of the tiles.
+
+    Args:
+        tiles: how the block is cut.
+        rows: of the block.
+        columns: of the block.
+        produce: makes a tuple of arrays [r, c].
+        consume: takes them.
+        stage: refs (see `stages`) that hold them in between, for tiles that are staged.
+        nothing: a zero that the compiler does not know. Read back from an address that it does know, the arrays would be
+            forwarded in registers, and those spilled.
+    """
     parts = sub_tiles(tiles, rows, columns)
     ready: list[Any] = []
     for step in range(len(parts) + tiles.depth):
         if step < len(parts):
-            ready.append(produce(*parts[step]))
+            made = produce(*parts[step])
+            if tiles.staged:
+                for ref, array in zip(stage[step], made, strict=True):
+                    ref[: array.shape[0], :] = array.astype(ref.dtype)
+                made = [array.shape for array in made]
+            ready.append(made)
         if step >= tiles.depth:
-            consume(*parts[step - tiles.depth], ready[step - tiles.depth])
-            ready[step - tiles.depth] = None
+            at = step - tiles.depth
+            made, ready[at] = ready[at], None
+            if tiles.staged:
+                made = [ref[pl.ds(nothing, shape[0]), :] for ref, shape in zip(stage[at], made, strict=True)]
+            consume(*parts[at], *made)
+
+
+_STAGE_ROWS = 16  # beyond the sub-tile's: where a read from another address than zero would end
+
+
+def stages(tiles: tuple[Tiles, Tiles], rows: int, columns: int, dtype: Any, count: int) -> list[Any]:
+    """Scratch shapes of `count` arrays per sub-tile, each of its own so that the compiler can tell them apart.
+
+    Args:
+        tiles: of FULL and PARTIAL blocks.
+        rows: of the block.
+        columns: of the block.
+        dtype: of the arrays.
+        count: arrays per sub-tile.
+    """
+    shapes = []
+    for one in tiles:
+        for r, c in sub_tiles(one, rows, columns) if one.staged else []:
+            shapes += [pltpu.VMEM((r.stop - r.start + _STAGE_ROWS, c.stop - c.start), dtype)] * count
+    return shapes
+
+
+def stage_of(tiles: tuple[Tiles, Tiles], masked: bool, rows: int, columns: int, refs: tuple, count: int) -> list[tuple]:
+    """The refs of `stages` that belong to FULL (`masked` False) or PARTIAL blocks, by sub-tile."""
+    first = len(sub_tiles(tiles[0], rows, columns)) * count if masked and tiles[0].staged else 0
+    parts = len(sub_tiles(tiles[masked], rows, columns)) if tiles[masked].staged else 0
+    return [refs[first + part * count : first + (part + 1) * count] for part in range(parts)]
+
+
+def hidden_zero(kind: Any) -> Any:
+    """A zero that the compiler cannot know to be one: the kind 3 does not exist."""
+    return pl.multiple_of(jnp.where(kind == 3, _STAGE_ROWS, 0), _STAGE_ROWS)
 
 
 def to_column(row: jax.Array) -> jax.Array:
@@ -180,6 +233,7 @@ def _forward_kernel(*refs: Any, spec: Spec, steps: int) -> None:
     counts |= {"q_vectors": vectors, "kv_vectors": vectors, "out": 1, "lse": int(softmax), "acc": 1}
     counts |= {"maximum": int(softmax), "total": int(softmax), "columns_vectors": vectors}
     named = split_refs(spec, refs, counts)
+    staged = refs[sum(counts.values()) :]
     q, k, v, acc, total, maximum = (named[name] for name in ("q", "k", "v", "acc", "total", "maximum"))
     batch, head, at = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     step = named["steps"][table_index(spec, steps, batch, head) + at]
@@ -209,20 +263,23 @@ def _forward_kernel(*refs: Any, spec: Spec, steps: int) -> None:
         return shifted(spec, scores, between, named["slopes"], slope_at), mask
 
     def plain(masked):
-        def consume(rows, columns, produced):
-            scores, mask = produced
+        def produce(rows, columns):
+            scores, mask = scores_of(rows, columns, masked)
             weights = weight(spec, scores)
             if mask is not None:
                 weights = jnp.where(mask, weights, 0.0)
             if softmax:
                 total[rows, :] += _fold_lanes(weights)
-            acc[rows, :] += product(weights.astype(v.dtype), v[columns, :], NN)
+            return (weights.astype(v.dtype),)
 
-        tiles = spec.forward[masked]
-        pipelined(tiles, spec.block_q, spec.block_kv, functools.partial(scores_of, masked=masked), consume)
+        def consume(rows, columns, weights):
+            acc[rows, :] += product(weights, v[columns, :], NN)
+
+        stage = stage_of(spec.forward, masked, spec.block_q, spec.block_kv, staged, 1)
+        pipelined(spec.forward[masked], spec.block_q, spec.block_kv, produce, consume, stage, hidden_zero(kind))
 
     def online(masked):
-        tiles = spec.online[masked]._replace(columns=spec.block_kv)
+        tiles = spec.online[masked]._replace(columns=spec.block_kv, staged=False)
 
         def produce(rows, columns):
             scores, mask = scores_of(rows, columns, masked)
@@ -233,8 +290,7 @@ def _forward_kernel(*refs: Any, spec: Spec, steps: int) -> None:
             maximum[rows, :] = largest
             return scores, largest, jnp.exp2(before - largest)
 
-        def consume(rows, columns, produced):
-            scores, largest, shrink = produced
+        def consume(rows, columns, scores, largest, shrink):
             weights = jnp.exp2(scores - across(largest, scores.shape[1]))
             total[rows, :] = total[rows, :] * shrink + _fold_lanes(weights)
             update = product(weights.astype(v.dtype), v[columns, :], NN)
@@ -310,7 +366,8 @@ def forward(
         kv_vectors: int32 [1 or B, 1, S] by name.
 
     Returns:
-        The result [B, N, T, H] in the type of q, and log2-sum-exp2 [B, N, 1, T] float32 of the inner scores (softmax).
+        The result [B, N, T, H] in the type of q (float32 if `wide`), and log2-sum-exp2 [B, N, 1, T] float32 of the inner
+        scores (softmax).
     """
     softmax = spec.form == "softmax"
     count = steps.shape[-1]
@@ -336,7 +393,7 @@ def forward(
     in_specs += side_specs(spec, q_vectors, spec.block_q, q_block)
     in_specs += side_specs(spec, kv_vectors, spec.block_kv, kv_block)
     arguments += [q_vectors[name] for name in spec.vectors] + [kv_vectors[name] for name in spec.vectors]
-    out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    out_shape = [jax.ShapeDtypeStruct(q.shape, jnp.float32 if spec.wide else q.dtype)]
     out_specs = [q_spec]
     statistic = pltpu.VMEM((spec.block_q, LANES), jnp.float32)
     scratch = [pltpu.VMEM((spec.block_q, spec.width), jnp.float32)]
@@ -347,6 +404,7 @@ def forward(
         )
         scratch += [statistic, statistic]
     scratch += [pltpu.VMEM((spec.block_q, LANES), jnp.int32) for _ in spec.vectors]
+    scratch += stages(spec.forward, spec.block_q, spec.block_kv, v.dtype, 1)
     prefetched = [steps.reshape(-1)] + ([bounded.reshape(-1)] if softmax else [])
     results = pl.pallas_call(
         functools.partial(_forward_kernel, spec=spec, steps=count),

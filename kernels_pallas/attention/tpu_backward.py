@@ -20,12 +20,15 @@ from kernels_pallas.attention.spec import LANES, NN, NT, Spec, gradient_factor, 
 from kernels_pallas.attention.tpu import (
     across,
     compiler_params,
+    hidden_zero,
     kv_head,
     pipelined,
     relations,
     shifted,
     side_specs,
     split_refs,
+    stage_of,
+    stages,
     table_index,
     to_column,
 )
@@ -62,9 +65,11 @@ def _dq_kernel(*refs: Any, spec: Spec, steps: int) -> None:
     counts |= {"q_vectors": vectors, "kv_vectors": vectors, "dq": 1, "acc": 1}
     counts |= {"lse_column": softmax, "delta_column": softmax, "columns_vectors": vectors}
     named = split_refs(spec, refs, counts)
+    staged = refs[sum(counts.values()) :]
     q, k, v, do, acc = (named[name] for name in ("q", "k", "v", "do", "acc"))
     batch, head, at = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     step = named["steps"][table_index(spec, steps, batch, head) + at]
+    kind = schedule.kind(step)
 
     @pl.when(schedule.is_first(step))
     def _():
@@ -90,18 +95,17 @@ def _dq_kernel(*refs: Any, spec: Spec, steps: int) -> None:
                 masked=masked,
             )
             scores = shifted(spec, scores, between, named["slopes"], batch * spec.heads + head)
-            return scores, mask, product(do[rows, :], v[columns, :], NT)
-
-        def consume(rows, columns, produced):
-            scores, mask, upstream = produced
+            upstream = product(do[rows, :], v[columns, :], NT)
             lse = across(named["lse_column"][rows, :], scores.shape[1]) if softmax else None
             delta = across(named["delta_column"][rows, :], scores.shape[1]) if softmax else None
-            _, gradient = _weights_and_gradient(spec, scores, mask, upstream, lse, delta)
-            acc[rows, :] += product(gradient.astype(k.dtype), k[columns, :], NN)
+            return (_weights_and_gradient(spec, scores, mask, upstream, lse, delta)[1].astype(k.dtype),)
 
-        pipelined(spec.dq[masked], spec.block_q, spec.block_kv, produce, consume)
+        def consume(rows, columns, gradient):
+            acc[rows, :] += product(gradient, k[columns, :], NN)
 
-    kind = schedule.kind(step)
+        stage = stage_of(spec.dq, masked, spec.block_q, spec.block_kv, staged, 1)
+        pipelined(spec.dq[masked], spec.block_q, spec.block_kv, produce, consume, stage, hidden_zero(kind))
+
     pl.when(kind == schedule.FULL)(functools.partial(body, False))
     pl.when(kind == schedule.PARTIAL)(functools.partial(body, True))
 
@@ -117,11 +121,13 @@ def _dkv_kernel(*refs: Any, spec: Spec, steps: int, per_query_head: bool) -> Non
     counts |= {"q_vectors": vectors, "kv_vectors": vectors, "dk": 1, "dv": 1, "dk_acc": 1, "dv_acc": 1}
     counts |= {"columns_vectors": vectors}
     named = split_refs(spec, refs, counts)
+    staged = refs[sum(counts.values()) :]
     q, k, v, do, dk_acc, dv_acc = (named[name] for name in ("q", "k", "v", "do", "dk_acc", "dv_acc"))
     batch, at, member = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     members = 1 if per_query_head else spec.group
     head = pl.program_id(1) * members + member
     step = named["steps"][table_index(spec, steps, batch, head) + at]
+    kind = schedule.kind(step)
 
     @pl.when(jnp.logical_and(schedule.is_first(step), member == 0))
     def _():
@@ -145,19 +151,19 @@ def _dkv_kernel(*refs: Any, spec: Spec, steps: int, per_query_head: bool) -> Non
                 masked=masked,
             )
             scores = shifted(spec, scores, between, named["slopes"], batch * spec.heads + head)
-            return scores, mask, product(v[rows, :], do[columns, :], NT)
-
-        def consume(rows, columns, produced):
-            scores, mask, upstream = produced
+            upstream = product(v[rows, :], do[columns, :], NT)
             lse = named["lse"][:, columns] if softmax else None
             delta = named["delta"][:, columns] if softmax else None
-            weights, gradient = _weights_and_gradient(spec, scores, mask, upstream, lse, delta)
-            dv_acc[rows, :] += product(weights.astype(do.dtype), do[columns, :], NN)
-            dk_acc[rows, :] += product(gradient.astype(q.dtype), q[columns, :], NN)
+            both = _weights_and_gradient(spec, scores, mask, upstream, lse, delta)
+            return tuple(x.astype(q.dtype) for x in both)
 
-        pipelined(spec.dkv[masked], spec.block_kv, spec.block_q, produce, consume)
+        def consume(rows, columns, weights, gradient):
+            dv_acc[rows, :] += product(weights, do[columns, :], NN)
+            dk_acc[rows, :] += product(gradient, q[columns, :], NN)
 
-    kind = schedule.kind(step)
+        stage = stage_of(spec.dkv, masked, spec.block_kv, spec.block_q, staged, 2)
+        pipelined(spec.dkv[masked], spec.block_kv, spec.block_q, produce, consume, stage, hidden_zero(kind))
+
     pl.when(kind == schedule.FULL)(functools.partial(body, False))
     pl.when(kind == schedule.PARTIAL)(functools.partial(body, True))
 
@@ -214,6 +220,7 @@ def backward_dq(
     column = pltpu.VMEM((spec.block_q, LANES), jnp.float32)
     scratch = [pltpu.VMEM((spec.block_q, spec.width), jnp.float32), *[column] * len(statistics)]
     scratch += [pltpu.VMEM((spec.block_q, LANES), jnp.int32) for _ in spec.vectors]
+    scratch += stages(spec.dq, spec.block_q, spec.block_kv, k.dtype, 1)
     return pl.pallas_call(
         functools.partial(_dq_kernel, spec=spec, steps=count),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -223,7 +230,7 @@ def backward_dq(
             out_specs=q_spec,
             scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32 if spec.wide else q.dtype),
         compiler_params=compiler_params(3),
         interpret=spec.interpret,
         name=f"attention_{spec.form}_dq",
@@ -285,7 +292,9 @@ def backward_dkv(
     arguments += [q_vectors[name] for name in spec.vectors] + [kv_vectors[name] for name in spec.vectors]
     accumulator = pltpu.VMEM((spec.block_kv, spec.width), jnp.float32)
     scratch = [accumulator, accumulator, *[pltpu.VMEM((spec.block_kv, LANES), jnp.int32) for _ in spec.vectors]]
-    dtype = jnp.float32 if per_query_head else k.dtype
+    scratch += stages(spec.dkv, spec.block_kv, spec.block_q, q.dtype, 2)
+    narrow = jnp.float32 if spec.wide else k.dtype
+    dtype = jnp.float32 if per_query_head else narrow
     shape = jax.ShapeDtypeStruct((spec.batch, outer, *k.shape[2:]), dtype)
     dk, dv = pl.pallas_call(
         functools.partial(_dkv_kernel, spec=spec, steps=count, per_query_head=per_query_head),
@@ -303,5 +312,5 @@ def backward_dkv(
     )(steps.reshape(-1), *arguments)
     if per_query_head:
         grouped = (spec.batch, spec.kv_heads, spec.group, *k.shape[2:])
-        dk, dv = (x.reshape(grouped).sum(2).astype(k.dtype) for x in (dk, dv))
+        dk, dv = (x.reshape(grouped).sum(2).astype(narrow) for x in (dk, dv))
     return dk, dv

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib.resources
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from kernels_pallas.attention.spec import LANES, Form, Tiles
@@ -43,6 +46,7 @@ class Tuning(NamedTuple):
     dkv: tuple[Tiles, Tiles]
 
 
+_overrides: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("overrides", default=None)
 _WHOLE = [[512, 512, 0, False]] * 2
 
 
@@ -57,13 +61,24 @@ def tuned_file(device: str) -> Any:
     return importlib.resources.files("kernels_pallas.attention").joinpath("tuned", f"{device}.json")
 
 
+@contextlib.contextmanager
+def using(**fields: Any) -> Iterator[None]:
+    """Replaces fields of the `Tuning` of every kernel traced inside (to measure a candidate)."""
+    token = _overrides.set(fields)
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
 def lookup(device_kind: str | None, form: Form) -> Tuning:
     """Returns the sizes for a device kind (None or unknown: those of the latest generation)."""
     device = DEVICES.get(device_kind or "", "tpu_v6e")
     table = _load(device) or _load(_RELATED.get(device, "")) or {}
     entry = table.get(form, {})
     pairs = (tuple(Tiles(*tiles) for tiles in entry.get(name, _WHOLE)) for name in Tuning._fields[1:])
-    return Tuning(entry.get("block", 512), *pairs)
+    tuned = Tuning(entry.get("block", 512), *pairs)
+    return tuned._replace(**(_overrides.get() or {}))
 
 
 def block_size(length: int, largest: int) -> int:

@@ -33,6 +33,26 @@ class _Indices(NamedTuple):
     bounded: jax.Array | None
 
 
+class Inputs(NamedTuple):
+    """Arguments in the kernels' layout.
+
+    Attributes:
+        spec: the static description.
+        q: [B, N, padded T, padded H], scaled.
+        k: [B, K, padded S, padded H].
+        v: alike.
+        slopes: [B, N] float32, or None.
+        indices: what decides which pairs are seen.
+    """
+
+    spec: Spec
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    slopes: jax.Array | None
+    indices: _Indices
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -85,6 +105,57 @@ def attention(
     Returns:
         [B, T, N, H] in the type of q; with `return_lse` also [B, N, T] float32, -infinity where a query saw no key.
     """
+    length, width = q.shape[1], q.shape[3]
+    inputs = prepare(
+        q,
+        k,
+        v,
+        normalization=normalization,
+        causal=causal,
+        window=window,
+        q_segment_ids=q_segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        kv_mask=kv_mask,
+        alibi_slopes=alibi_slopes,
+        scale=scale,
+        bias=bias,
+        block_index=block_index,
+        block_q=block_q,
+        block_kv=block_kv,
+        device_kind=device_kind,
+        interpret=interpret,
+    )
+    out, lse = by_rows(inputs.spec, _attend, *inputs[1:])
+    out = jnp.swapaxes(out[:, :, :length, :width], 1, 2)
+    return (out, natural(lse, length)) if return_lse else out
+
+
+def prepare(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    normalization: Literal["softmax", "sigmoid"],
+    causal: bool,
+    window: tuple[int | None, int | None],
+    q_segment_ids: jax.Array | None,
+    kv_segment_ids: jax.Array | None,
+    q_positions: jax.Array | None,
+    kv_positions: jax.Array | None,
+    kv_mask: jax.Array | None,
+    alibi_slopes: jax.Array | None,
+    scale: float | None,
+    bias: float,
+    block_index: jax.Array | None = None,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    device_kind: str | None = None,
+    interpret: bool = False,
+    wide: bool = False,
+) -> Inputs:
+    """Brings the arguments of `attention` into the kernels' layout; `wide` asks for results in float32."""
     batch, length, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
     window = (window[0], 0) if causal else tuple(window)
@@ -123,6 +194,7 @@ def attention(
         dq=tuned.dq,
         dkv=tuned.dkv,
         interpret=interpret,
+        wide=wide,
     )
     padded_q, padded_kv = -length % block_q, -keys % block_kv
     scaled = (q.astype(jnp.float32) * (spec.scale * spec.factor)).astype(q.dtype)
@@ -138,12 +210,13 @@ def attention(
     if spec.alibi:
         slopes = jax.lax.stop_gradient(jnp.broadcast_to(alibi_slopes.astype(jnp.float32), (batch, heads)))
     bounded = _certify(spec, q_in, k_in, slopes, q_vectors, kv_vectors) if form == "softmax" else None
-    out, lse = _by_rows(spec, q_in, k_in, v_in, slopes, _Indices(q_vectors, kv_vectors, block_index, bounded))
-    out = jnp.swapaxes(out[:, :, :length, :width], 1, 2)
-    if not return_lse:
-        return out
+    return Inputs(spec, q_in, k_in, v_in, slopes, _Indices(q_vectors, kv_vectors, block_index, bounded))
+
+
+def natural(lse: jax.Array, length: int) -> jax.Array:
+    """The kernels' log2-sum-exp2 [B, N, 1, padded T] as log-sum-exp [B, N, T], -infinity where a query saw no key."""
     lse = lse[:, :, 0, :length]
-    return out, jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
+    return jnp.where(lse == jnp.inf, -jnp.inf, lse * LN2)
 
 
 def refusal(
@@ -252,7 +325,8 @@ def _ranges(spec: Spec, indices: _Indices) -> tuple[schedule.Ranges, schedule.Ra
     return q, kv
 
 
-def _steps(spec: Spec, indices: _Indices, *, transposed: bool) -> jax.Array:
+def steps_of(spec: Spec, indices: _Indices, *, transposed: bool) -> jax.Array:
+    """The list of steps of a call (schedule.py), [table_batch, table_groups, L] int32; `transposed` = by key blocks."""
     q, kv = _ranges(spec, indices)
     if indices.block_index is None:
         steps = schedule.dense(q, kv, spec.window, transposed=transposed)
@@ -262,21 +336,21 @@ def _steps(spec: Spec, indices: _Indices, *, transposed: bool) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(steps, jnp.int32), shape)
 
 
-def _by_rows(spec: Spec, *inputs: Any) -> tuple[jax.Array, jax.Array | None]:
-    """Runs `_attend` on so many batch rows at a time that their lists of steps fit into scalar memory."""
-    indices = inputs[-1]
+def by_rows(spec: Spec, run: Any, *inputs: Any) -> Any:
+    """Calls `run(spec, *inputs)` on so many batch rows at a time that their lists of steps fit into scalar memory."""
+    indices = next(x for x in inputs if isinstance(x, _Indices))
     table = None if indices.block_index is None else indices.block_index.shape
     blocks = (-(-spec.length // spec.block_q), -(-spec.keys // spec.block_kv))
     rows = max(_SCALAR_ENTRIES // _entries(*blocks, table), 1)
     if spec.table_batch == 1 or rows >= spec.batch:
-        return _attend(spec, *inputs)
+        return run(spec, *inputs)
     rows = next(r for r in range(rows, 0, -1) if spec.batch % r == 0)
     part = dataclasses.replace(spec, batch=rows, table_batch=rows)
 
     def cut(x):
         return jnp.broadcast_to(x, (spec.batch, *x.shape[1:])).reshape(-1, rows, *x.shape[1:])
 
-    results = jax.lax.map(lambda cuts: _attend(part, *cuts), jax.tree.map(cut, inputs))
+    results = jax.lax.map(lambda cuts: run(part, *cuts), jax.tree.map(cut, inputs))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
@@ -284,7 +358,7 @@ def _by_rows(spec: Spec, *inputs: Any) -> tuple[jax.Array, jax.Array | None]:
 def _attend(
     spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, slopes: jax.Array | None, indices: _Indices
 ) -> tuple[jax.Array, jax.Array | None]:
-    steps = _steps(spec, indices, transposed=False)
+    steps = steps_of(spec, indices, transposed=False)
     return forward(spec, steps, indices.bounded, q, k, v, slopes, indices.q_vectors, indices.kv_vectors)
 
 
@@ -299,11 +373,26 @@ def _attend_backward(spec, residuals, cotangents):
     delta = None
     if spec.form == "softmax":
         delta = jnp.sum(out.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)[:, :, None] - dlse * LOG2E
-    arguments = (q, k, v, do, lse, delta, slopes, indices.q_vectors, indices.kv_vectors)
-    dq = backward_dq(spec, _steps(spec, indices, transposed=False), *arguments)
-    dk, dv = backward_dkv(spec, _steps(spec, indices, transposed=True), *arguments)
+    dq, dk, dv = gradients(spec, q, k, v, do, lse, delta, slopes, indices)
     nothing = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), indices)
     return dq, dk, dv, None if slopes is None else jnp.zeros_like(slopes), nothing
+
+
+def gradients(
+    spec: Spec,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    do: jax.Array,
+    lse: jax.Array | None,
+    delta: jax.Array | None,
+    slopes: jax.Array | None,
+    indices: _Indices,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q (scaled), k and v by the kernels; `lse` and `delta` [B, N, 1, T] in base 2 (`tpu_backward`)."""
+    arguments = (q, k, v, do, lse, delta, slopes, indices.q_vectors, indices.kv_vectors)
+    dq = backward_dq(spec, steps_of(spec, indices, transposed=False), *arguments)
+    return dq, *backward_dkv(spec, steps_of(spec, indices, transposed=True), *arguments)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -9,7 +9,6 @@ the cycles of one visit, and register spills show as such.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -34,6 +33,7 @@ class Region:
         fills: loads of spilled vector registers.
         shares: used share of the slots of each unit ("MXU", "XLU", "VALU", "EUP", ...).
         products: matrix instructions.
+        stamp: nanoseconds at which the kernel was compiled: tells kernels of one name apart, and orders them.
     """
 
     kernel: str
@@ -42,6 +42,7 @@ class Region:
     fills: int
     shares: dict[str, float]
     products: int
+    stamp: int = 0
 
 
 def environment(dump: str | os.PathLike | None = None) -> dict[str, str]:
@@ -68,7 +69,7 @@ def compile_for(topology: str, build: Any) -> Any:
 
 
 def measure(command: list[str], kernels: str, timeout: float = 600.0) -> list[Region]:
-    """Runs a Python command that calls `compile_for` once, and reads the schedules it leaves.
+    """Runs a Python command that calls `compile_for`, and reads the schedules it leaves.
 
     Args:
         command: arguments after the interpreter.
@@ -76,7 +77,7 @@ def measure(command: list[str], kernels: str, timeout: float = 600.0) -> list[Re
         timeout: seconds.
 
     Returns:
-        The compute bodies in the order of the code.
+        The compute bodies, kernel by kernel as they were compiled, in the order of the code.
 
     Raises:
         RuntimeError: the command failed; the message has the end of its output.
@@ -100,7 +101,8 @@ def read(dump: Path, kernels: str) -> list[Region]:
         stamp, name = matched.groups()
         reports = dump.glob(f"{stamp}-*-final_hlo-static-per-bundle-utilization.txt")
         report = next(f for f in reports if f.name.startswith(f"{stamp}-{name}-") and "pre-delay" not in f.name)
-        regions += _bodies(name, file.read_text(), report.read_text())
+        bodies = _bodies(name, file.read_text(), report.read_text())
+        regions += [dataclasses.replace(body, stamp=int(stamp)) for body in bodies]
     return regions
 
 
@@ -132,8 +134,3 @@ def _bodies(name: str, code: str, report: str) -> list[Region]:
         at = dict(zip(units, sums, strict=True))
         found.append(Region(name, count, at["VSTORE:SPILL"], at["VLOAD:FILL"], shares, products))
     return found
-
-
-def as_json(regions: list[Region]) -> str:
-    """Regions as a JSON list."""
-    return json.dumps([dataclasses.asdict(region) for region in regions])

@@ -112,7 +112,7 @@ context = jax.make_mesh((2, 4), ("data", "context"), axis_types=(AxisType.Auto,)
 with jax.set_mesh(context), dispatch.target("tpu"):
     whole = jax.ShapeDtypeStruct((4, 1024, 4, 64), jnp.bfloat16)
     decision = ops.explain(ops.softmax_attention, whole, whole, whole, causal=True)
-    assert decision.chosen == "xla" and "splits sequences" in decision.reasons["splash"], str(decision)
+    assert decision.chosen == "ring" and "splits sequences" in decision.reasons["splash"], str(decision)
     with sharding.mesh_axes(batch=("data",), heads=(), sequence=()):
         assert ops.explain(ops.softmax_attention, whole, whole, whole, causal=True).chosen == "splash"
 print("equal")

@@ -88,7 +88,7 @@ def test_bad_command_ends_with_one_message(run_python, tmp_path, arguments, mess
 
 def test_config_file_and_preset_hints():
     with pytest.raises(ConfigError, match=r"configs/lm\.py"):
-        cli.load_config("configs/ml.py:smoke")
+        cli.load_config("configs/lmm.py:smoke")
     with pytest.raises(ConfigError, match="did you mean 'smoke'"):
         cli.load_config("configs/lm.py:smok")
     with pytest.raises(ConfigError, match="get_config"):

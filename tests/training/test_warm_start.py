@@ -15,7 +15,7 @@ from attnlab.training.checkpoint import Checkpoints
 def trained(make_tiny, tmp_path_factory):
     """(folder, parameters) of a short run with a moving average."""
     folder = str(tmp_path_factory.mktemp("base"))
-    config = make_tiny(num_train_steps=2, eval_every_steps=2, checkpoint_every_steps=2, ema_decay=0.5)
+    config = make_tiny(num_train_steps=2, eval_every_steps=2, checkpoint_every_steps=2, ema_decay=0.5, **{"optimizer.warmup_steps": 1})
     loop.train(config, folder)
     checkpoints = Checkpoints(folder, config, read_only=True)
     state, _, _ = checkpoints.restore(build(config, vocab_size=padded_vocab(config)).abstract_state)

@@ -1,0 +1,359 @@
+"""Neural long-term memory: a small MLP per sequence, trained at test time by gradient descent with momentum and forgetting.
+
+"Titans: Learning to Memorize at Test Time" (Behrouz, Zhong & Mirrokni, 2024, arXiv 2501.00663), section 3. The memory is
+M(x) = gelu(x W_1) W_2 .. (exact gelu, no bias). For token t of a chunk with the weights M_c at its start,
+
+    u_t = gradient at M_c of |M(k_t) - v_t|^2          (sum over features)
+    S_t = eta_t S_{t-1} - theta_t u_t
+    M_t = (1 - alpha_t) M_{t-1} + S_t
+    y_t = M_t(q_t)                                     ("after"; "before": M_{t-1}(q_t))
+
+The chunk size is part of the rule. Both forms give the same numbers: `xla_recurrent` keeps M_t token by token;
+`xla_chunked` never does: since u_t is an outer product a_t d_t of what a layer reads and its error at M_c,
+
+    M_t = A_t M + B_t S + sum_{s <= t} w_ts a_s d_s,    w_ts = -theta_s sum_{r=s..t} prod eta_{s+1..r} prod (1 - alpha)_{r+1..t}
+
+holds for every layer (M and S are what is carried in), and reading is a causal linear attention over the chunk. All of it
+in float32 with full precision: the outer gradient goes through the inner one (second order).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.errors import ConfigError
+from attnlab.ops import dispatch
+from attnlab.ops.tiles import scan_tiles, scan_tokens, token_flags, zero_padding
+from attnlab.types import Array, Bool, Float, Int
+
+_STATIC = {"static": True}
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MemoryState:
+    """The memory of each row and head between two calls; float32, its size does not depend on the length.
+
+    Attributes:
+        start: weights at the start of the present chunk, one [B, N, I, O] per layer.
+        weights: weights after the last token, the same shapes.
+        momentum: S after the last token, the same shapes.
+        count: [B] int32, tokens that the present chunk already has; 0 = the next token starts a chunk.
+    """
+
+    start: tuple[Array, ...]
+    weights: tuple[Array, ...]
+    momentum: tuple[Array, ...]
+    count: Array
+
+
+class MemoryResult(NamedTuple):
+    """What `neural_memory` returns.
+
+    Attributes:
+        y: [B, T, N, H], what was read.
+        loss: [B, T, N] float32, |M(k) - v|^2 at the chunk's start ("surprise").
+        state: after the last token.
+    """
+
+    y: Array
+    loss: Array
+    state: MemoryState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MemoryCall:
+    """One call in canonical form; float32. Fields as the arguments of `neural_memory`; `gates` are theta, eta, alpha."""
+
+    q: Array
+    k: Array
+    v: Array
+    gates: tuple[Array, Array, Array]
+    begin: MemoryState
+    state: MemoryState | None
+    segment_ids: Array | None
+    mask: Array | None
+    chunk_size: int = dataclasses.field(metadata=_STATIC)
+    before: bool = dataclasses.field(metadata=_STATIC)
+    start_count: int = dataclasses.field(metadata=_STATIC)
+
+
+def fresh_memory(weights: Sequence[Float[Array, "N I O"]], batch: int, count: int = 0) -> MemoryState:
+    """Returns the state before the first token: learnt weights, no momentum, for every row alike."""
+    wide = tuple(jnp.broadcast_to(w.astype(jnp.float32), (batch, *w.shape)) for w in weights)
+    return MemoryState(wide, wide, tuple(map(jnp.zeros_like, wide)), jnp.full((batch,), count, jnp.int32))
+
+
+def neural_memory(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    theta: Float[Array, "B T N"],
+    eta: Float[Array, "B T N"],
+    alpha: Float[Array, "B T N"],
+    weights: Sequence[Float[Array, "N I O"]],
+    *,
+    chunk_size: int = 64,
+    retrieve: Literal["after", "before"] = "after",
+    momentum: bool = True,
+    segment_ids: Int[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | None = None,
+    state: MemoryState | None = None,
+    begin: MemoryState | None = None,
+    begin_count: int = 0,
+    implementation: str | None = None,
+) -> MemoryResult:
+    """Reads from, and writes to, a memory per row and head (the module's docstring has the rule).
+
+    Args:
+        q: what is read.
+        k: keys that are written.
+        v: their values.
+        theta: step sizes, >= 0.
+        eta: momentum, in [0, 1].
+        alpha: forgetting, in [0, 1].
+        weights: of the memory at the start of every segment, one [N, I, O] per layer, the first I and the last O being H.
+        chunk_size: tokens per chunk; gradients are taken at the weights of its start.
+        retrieve: a token reads with its own write ("after") or without.
+        momentum: False ignores `eta` (S_t = -theta_t u_t).
+        segment_ids: every segment (run of one id) has a memory of its own; 0 = padding.
+        mask: False = padding, which neither writes nor decays nor counts in a chunk; its y is 0.
+        state: continues an earlier call (the first segment of each row does).
+        begin: state at the start of every segment instead of `weights`, batch 1 or B (as after a common prefix).
+        begin_count: its `count`, known when tracing.
+        implementation: "xla_recurrent" or "xla_chunked"; None = the best that can run.
+
+    Raises:
+        ConfigError: shapes that do not fit each other, a state of another batch, type or memory.
+    """
+    batch, _, heads, width = q.shape
+    if not (q.shape == k.shape == v.shape):
+        raise ConfigError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: the memory needs three equal ones [B,T,N,H].")
+    for name, gate in (("theta", theta), ("eta", eta), ("alpha", alpha)):
+        if gate.shape != q.shape[:3]:
+            raise ConfigError(f"{name} has shape {gate.shape}: it needs [B, T, N] = {q.shape[:3]}.")
+    if chunk_size < 1:
+        raise ConfigError(f"chunk_size = {chunk_size}: a chunk has at least one token. Set 1 or more.")
+    if retrieve not in ("after", "before"):
+        raise ConfigError(f"retrieve = {retrieve!r}: unknown. Use 'after' or 'before'.")
+    widths = [width, *(w.shape[-1] for w in weights)]
+    fits = all(w.shape == (heads, *pair) for w, pair in zip(weights, itertools.pairwise(widths), strict=True))
+    if not weights or widths[-1] != width or not fits:
+        raise ConfigError(f"memory weights of shapes {[w.shape for w in weights]}: they need [N, {width}, ..] to [N, .., {width}].")
+    if begin is None:
+        begin, begin_count = fresh_memory(weights, 1), 0
+    if state is not None:
+        check_memory_state(state, batch, [w.shape for w in weights])
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    gates = tuple(x.astype(jnp.float32) for x in (theta, eta if momentum else jnp.zeros_like(theta), alpha))
+    before = retrieve == "before"
+    call = MemoryCall(*wide, gates, begin, state, segment_ids, mask, chunk_size, before, begin_count % chunk_size)
+    y, loss, state = dispatch.call("neural_memory", implementation, call)
+    return MemoryResult(y.astype(q.dtype), loss, state)
+
+
+def check_memory_state(state: MemoryState, batch: int, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Refuses a state that was made for another call.
+
+    Raises:
+        ConfigError: another batch, type or memory.
+    """
+    have = [(w.shape, str(w.dtype)) for w in state.weights]
+    rows = state.count.shape[0]
+    if rows != batch:
+        raise ConfigError(f"memory state of batch {rows} used with batch {batch}. Make one with init_cache({batch}, max_len).")
+    if have != [((batch, *shape), "float32") for shape in shapes]:
+        raise ConfigError(f"memory state of {have} used with a memory of {[tuple(s) for s in shapes]} in float32. Remake it.")
+
+
+def read_memory(weights: Sequence[Array], x: Array) -> Array:
+    """M(x) with the weights of each row and head: [B, N, I, O] and x [B, C, N, H] to [B, C, N, H], float32."""
+    for i, w in enumerate(weights):
+        x = _gelu(x) if i else x
+        x = _einsum("bcni,bnio->bcno", x, w)
+    return x
+
+
+def surprise(weights: Sequence[Array], k: Array, v: Array) -> tuple[list[Array], list[Array], Array]:
+    """Per layer what it reads a [B, C, N, I] and its error d [B, C, N, O], the gradient of token t being a_t d_t; and the losses.
+
+    Args:
+        weights: [B, N, I, O] per layer.
+        k: [B, C, N, H].
+        v: [B, C, N, H].
+    """
+    inputs, slopes = [k], []
+    for w in weights[:-1]:
+        z = _einsum("bcni,bnio->bcno", inputs[-1], w)
+        inputs.append(_gelu(z))
+        slopes.append(_gelu_slope(z))
+    miss = _einsum("bcni,bnio->bcno", inputs[-1], weights[-1]) - v
+    errors = [2.0 * miss]
+    for w, slope in zip(weights[:0:-1], slopes[::-1], strict=True):
+        errors.append(_einsum("bcno,bnio->bcni", errors[-1], w) * slope)
+    return inputs, errors[::-1], jnp.sum(miss * miss, axis=-1)
+
+
+def memory_chunk(
+    state: tuple[tuple[Array, ...], ...],
+    q: Array,
+    k: Array,
+    v: Array,
+    gates: Sequence[Array],
+    valid: Array,
+    *,
+    before: bool = False,
+) -> tuple[tuple[tuple[Array, ...], ...], Array, Array]:
+    """One chunk, or the part of it that this call has.
+
+    Args:
+        state: (start, weights, momentum), each a [B, N, I, O] per layer.
+        q: [B, C, N, H].
+        k: [B, C, N, H].
+        v: [B, C, N, H].
+        gates: theta, eta, alpha [B, C, N].
+        valid: [B, C] bool.
+        before: read without the token's own write.
+
+    Returns:
+        The new state, y [B, C, N, H] and the losses [B, C, N].
+    """
+    start, weights, momentum = state
+    inputs, errors, loss = surprise(start, k, v)
+    there = valid[:, None, :].astype(jnp.float32)
+    theta, eta, alpha = (jnp.swapaxes(gate, 1, 2) for gate in gates)  # [B, N, C]
+    theta, eta, keep = theta * there, jnp.where(there > 0, eta, 1.0), jnp.where(there > 0, 1.0 - alpha, 1.0)
+    # Column 0 stands for what is carried into the chunk, column s + 1 for the write of token s. Of padding, the momentum
+    # stays and is not added again (the factor `there`).
+    momenta = _products(eta)  # S_t = momenta[t, 0] S_c - sum_s momenta[t, s + 1] theta_s u_s
+    decays = _products(keep)
+    writes = _einsum("bntr,bnrs->bnts", decays[..., 1:], there[..., None] * momenta)
+    step = jnp.pad(-theta, ((0, 0), (0, 0), (1, 0)), constant_values=1.0)[:, :, None]
+    kept, writes, momenta = decays[..., 0], writes * step, momenta[:, :, -1] * step[:, :, 0]
+    kept_before = jnp.pad(kept[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1.0) if before else kept
+    reads = jnp.pad(writes[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0))) if before else writes
+    carried, mixed = (jnp.swapaxes(x, 1, 2)[..., None] for x in (kept_before, reads[..., 0]))
+    y = q
+    new_weights, new_momentum = [], []
+    for i, (w, s, a, d) in enumerate(zip(weights, momentum, inputs, errors, strict=True)):
+        y = _gelu(y) if i else y
+        inside = _einsum("bcni,bsni->bncs", y, a) * reads[..., 1:]
+        old = carried * _einsum("bcni,bnio->bcno", y, w) + mixed * _einsum("bcni,bnio->bcno", y, s)
+        y = old + _einsum("bncs,bsno->bcno", inside, d)
+        total = _einsum("bsni,bns,bsno->bnio", a, writes[:, :, -1, 1:], d)
+        new_weights.append(kept[:, :, -1, None, None] * w + writes[:, :, -1, 0, None, None] * s + total)
+        total = _einsum("bsni,bns,bsno->bnio", a, momenta[..., 1:], d)
+        new_momentum.append(momenta[..., 0, None, None] * s + total)
+    return (start, tuple(new_weights), tuple(new_momentum)), y, loss
+
+
+def enter_chunk(
+    state: tuple[tuple[Array, ...], ...], begin: tuple[tuple[Array, ...], ...], reset: Array, fresh: Array
+) -> tuple[tuple[Array, ...], ...]:
+    """What holds at the first token of a chunk: segments begin with `begin`, a new chunk starts at the present weights.
+
+    Args:
+        state: (start, weights, momentum).
+        begin: the same at the start of a segment, batch 1 or B.
+        reset: [B] bool, a segment starts.
+        fresh: [B] bool, a chunk starts.
+    """
+
+    def choose(flag, yes, no):
+        return tuple(jnp.where(flag[:, None, None, None], a, b) for a, b in zip(yes, no, strict=True))
+
+    start, weights, momentum = (choose(reset, a, b) for a, b in zip(begin, state, strict=True))
+    return choose(fresh, weights, start), weights, momentum
+
+
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_slope(x: Array) -> Array:
+    return jax.scipy.stats.norm.cdf(x) + x * jax.scipy.stats.norm.pdf(x)
+
+
+def _products(factors: Array) -> Array:
+    """[.., C] to [.., C, C + 1]: at (t, s) the product of factors s .. t, 1 where s = t + 1 and 0 above.
+
+    By running products, not by differences of logarithms: a factor may be 0, and the products only ever fall.
+    """
+    size = factors.shape[-1]
+    row, column = jnp.arange(size)[:, None], jnp.arange(size + 1)[None]
+    grid = jnp.where(row >= column, factors[..., :, None], 1.0)
+    return jnp.where(row + 1 >= column, jax.lax.cumprod(grid, axis=grid.ndim - 2), 0.0)
+
+
+def _parts(state: MemoryState) -> tuple[tuple[Array, ...], ...]:
+    return state.start, state.weights, state.momentum
+
+
+def _initial(call: MemoryCall) -> tuple[tuple[Array, ...], ...]:
+    if call.state is not None:
+        return _parts(call.state)
+    rows = call.q.shape[0]
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), _parts(call.begin))
+
+
+def _recurrent(call: MemoryCall) -> tuple[Array, Array, MemoryState]:
+    """Token by token, the reference; the backward pass keeps a state every few tokens and computes the others again."""
+    batch, length = call.q.shape[:2]
+    count = None if call.state is None else call.state.count
+    flags = token_flags(
+        batch, length, call.chunk_size, mask=call.mask, segment_ids=call.segment_ids, start=call.start_count, count=count
+    )
+    begin = _parts(call.begin)
+    tokens = (call.q, call.k, call.v, *call.gates, flags.valid, flags.reset, flags.valid & (flags.place == 0))
+
+    def token(state, inputs):
+        q, k, v, theta, eta, alpha, valid, reset, fresh = inputs
+        start, weights, momentum = enter_chunk(state, begin, reset, fresh)
+        reading, writing, loss = surprise(start, k[:, None], v[:, None])
+        new_momentum, new_weights = [], []
+        for w, s, a, d in zip(weights, momentum, reading, writing, strict=True):
+            gradient = _einsum("bni,bno->bnio", a[:, 0], d[:, 0])
+            s_new = eta[..., None, None] * s - theta[..., None, None] * gradient
+            w_new = (1.0 - alpha[..., None, None]) * w + s_new
+            keep = valid[:, None, None, None]
+            new_momentum.append(jnp.where(keep, s_new, s))
+            new_weights.append(jnp.where(keep, w_new, w))
+        y = read_memory(weights if call.before else new_weights, q[:, None])[:, 0]
+        return (start, tuple(new_weights), tuple(new_momentum)), (y, loss[:, 0])
+
+    state, (y, loss) = scan_tokens(token, _initial(call), tokens)
+    return zero_padding(y, flags.valid), zero_padding(loss, flags.valid), MemoryState(*state, flags.count)
+
+
+def _chunked(call: MemoryCall) -> tuple[Array, Array, MemoryState]:
+    """One chunk after the other; the backward pass keeps the states between chunks and computes the rest again."""
+    begin = _parts(call.begin)
+
+    def chunk(state, tile):
+        q, k, v, gates = tile.tokens
+        state = enter_chunk(state, begin, tile.reset, tile.fresh)
+        state, y, loss = memory_chunk(state, q, k, v, gates, tile.valid, before=call.before)
+        return state, (y, loss)
+
+    count = None if call.state is None else call.state.count
+    ragged = {"mask": call.mask, "segment_ids": call.segment_ids, "start": call.start_count, "count": count}
+    tokens = (call.q, call.k, call.v, call.gates)
+    state, (y, loss), count = scan_tiles(chunk, _initial(call), tokens, call.chunk_size, **ragged)
+    return y, loss, MemoryState(*state, count)
+
+
+def _defer_recurrent(call: MemoryCall) -> str | None:
+    return None if call.q.shape[1] == 1 else "one token at a time: for single tokens"
+
+
+dispatch.register("neural_memory", "xla_recurrent", dispatch.Implementation(_recurrent, defer=_defer_recurrent))
+dispatch.register("neural_memory", "xla_chunked", dispatch.Implementation(_chunked))

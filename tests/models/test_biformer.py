@@ -1,0 +1,127 @@
+"""The BiFormer backbone: published sizes, pyramids, both layouts, scanned and unrolled, training mode, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from attnlab.errors import ConfigError
+from attnlab.models.biformer import SIZES, BiFormer
+
+# Millions of parameters in the published table.
+PUBLISHED = {"tiny": 13.1, "small": 25.5, "base": 56.8, "stl": 28.4}
+TINY = {
+    "num_classes": 5, "depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16), "topks": (1, 2, 3, -2), "mlp_ratios": (2, 2, 2, 2),
+    "head_dim": 8, "n_win": 2,
+}  # fmt: skip
+# Another kind of block in every stage, in the layout of the STL model.
+MIXED = TINY | {"variant": "nchw", "stem": "patch", "norm": "batchnorm", "topks": (2, 0, 3, -1), "before_attn_dwconv": 0}
+
+
+def start(model, size=64, batch=2):
+    image = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
+    variables = meta.unbox(jax.jit(model.init)(jax.random.key(1), image))
+    return image, {"params": jax.tree.map(lambda leaf: 3 * leaf, variables["params"]), "batch_stats": variables["batch_stats"]}
+
+
+def stacked(variables, depths):
+    """Parameters of the unrolled form as those of the scanned one."""
+    out = {}
+    for kind, tree in variables.items():
+        tree = dict(tree)
+        for i, depth in enumerate(depths):
+            blocks = [tree.pop(f"stage_{i}_{j}") for j in range(depth) if f"stage_{i}_{j}" in tree]
+            if blocks:
+                tree[f"stage_{i}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+        out[kind] = tree
+    return out
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_published_sizes(size):
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    model = BiFormer.sized(size)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert round(count / 1e6, 1) == PUBLISHED[size]
+    maps = jax.eval_shape(lambda v, x: model.apply(v, x, method="features"), variables, image)
+    assert [x.shape for x in maps] == [(1, 56 >> i, 56 >> i, dim) for i, dim in enumerate(model.dims)]
+    assert jax.eval_shape(model.apply, variables, image).shape == (1, 1000)
+
+
+def test_names_of_parameters_and_their_axes():
+    model = BiFormer(**TINY)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    assert set(variables["params"]) == {*(f"downsample_{i}" for i in range(4)), *(f"stage_{i}" for i in range(4)), "norm", "head"}
+    assert set(variables["params"]["stage_2"]) == {"pos_embed", "norm1", "attention", "norm2", "mlp"}
+    query = variables["params"]["stage_2"]["attention"]["query"]["kernel"]
+    assert query.names == ("layers", "embed", "heads", "head_dim") and query.value.shape == (2, 16, 2, 8)
+
+
+@pytest.mark.parametrize("fields", [TINY, MIXED], ids=["legacy", "stl"])
+def test_scanned_equals_unrolled_and_rematerialised(fields):
+    unrolled, scanned = BiFormer(**fields, scan_layers=False), BiFormer(**fields)
+    image, variables = start(unrolled)
+    together = stacked(variables, fields["depths"])
+    want = jax.jit(unrolled.apply)(variables, image)
+
+    def run(model):
+        def loss(variables):
+            logits, kept = model.apply(variables, image, deterministic=False, mutable=["batch_stats"])
+            return jnp.mean(jnp.square(logits - 1.0)), (logits, kept)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(together)
+
+    np.testing.assert_allclose(jax.jit(scanned.apply)(together, image), want, rtol=1e-4, atol=1e-4)
+    plain, again = run(scanned), run(BiFormer(**fields, remat="full"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), again, plain)
+    gradients = plain[1]["params"]
+    # what only routes has no gradient path of its own, everything else learns
+    assert all(np.all(np.isfinite(leaf)) and np.any(leaf) for leaf in jax.tree.leaves(gradients["head"]))
+    assert np.any(gradients["downsample_0"]["conv_0" if fields is TINY else "conv"]["kernel"])
+    kept = plain[0][1][1]["batch_stats"]
+    assert np.any(kept["norm"]["mean"]) and jax.tree.structure(kept) == jax.tree.structure(together["batch_stats"])
+
+
+def test_drop_path_and_layer_scale():
+    model = BiFormer(**TINY | {"depths": (1, 1, 1, 1)}, drop_path=0.9, layer_scale=1e-3, pre_norm=False)
+    image, variables = start(model, size=32, batch=4)
+    assert variables["params"]["stage_0"]["scale1"]["gamma"].shape == (1, 8)
+    apply = jax.jit(
+        lambda key: model.apply(variables, image, deterministic=False, mutable=["batch_stats"], rngs={"dropout": key})[0]
+    )
+    first, second = (apply(jax.random.key(seed)) for seed in (0, 1))
+    assert not np.allclose(first, second) and np.all(np.isfinite(first))
+
+
+def test_features_without_a_classifier_and_ragged_images():
+    """Maps of 19 positions a side and less: regions do not divide them."""
+    image = jnp.ones((1, 76, 76, 3))
+    for fields, sizes in ((TINY | {"attention": {"auto_pad": True}}, (19, 10, 5, 3)), (MIXED, (19, 9, 4, 2))):
+        model = BiFormer(**fields | {"num_classes": 0})
+        variables = jax.eval_shape(model.init, jax.random.key(0), image)
+        maps = jax.eval_shape(lambda v, x, m=model: m.apply(v, x, method="features"), variables, image)
+        assert [x.shape[1] for x in maps] == list(sizes)
+        assert jax.eval_shape(model.apply, variables, image).shape == (1, 16)
+    with pytest.raises(ConfigError, match=r"n_win = 2: does not divide a map of 19 x 19\. Set auto_pad=True"):
+        jax.eval_shape(BiFormer(**TINY).init, jax.random.key(0), image)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"depths": (1, 1)}, "depths = .*: dims = .* has 4 stages"),
+    ({"topks": (1, 2, 3, -3)}, "-3 has no meaning"),
+    ({"topks": (1, 2, 5, -2)}, "topk = 5: the map has 4 regions"),
+    ({"head_dim": 3}, "head_dim = 3: does not divide a stage of width 8"),
+    ({"stem": "conf"}, "did you mean 'conv'"),
+    ({"remat": "ful"}, "did you mean 'full'"),
+    ({"norm": "batch"}, "norm = 'batch'"),
+])  # fmt: skip
+def test_bad_input(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(BiFormer(**TINY | fields).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+
+
+def test_unknown_size():
+    with pytest.raises(ConfigError, match="size = 'smal': unknown, did you mean 'small'"):
+        BiFormer.sized("smal")

@@ -1,0 +1,273 @@
+"""Bi-level routing attention against dense attention under a mask, both implementations, both forms, all poolings."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import ops
+from attnlab.errors import ConfigError
+from attnlab.ops import bilevel_routing as bra
+from attnlab.ops import dispatch
+
+ops_op = bra.bilevel_routing_attention
+
+
+def arrays(height, width, heads=2, qk=4, v=6, batch=2, seed=0, dtype=jnp.float32):
+    shapes = [(batch, height, width, heads, size) for size in (qk, qk, v, v)]
+    keys = jax.random.split(jax.random.key(seed), 4)
+    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+
+
+def region_of(height, width, size):
+    """The number of the region of every token, tokens row by row."""
+    y, x = np.divmod(np.arange(height * width), width)
+    return y // size[0] * (-(-width // size[1])) + x // size[1]
+
+
+def dense(q, k, v, *, n_win, topk, scale=None, soft=False, diff=False, ragged=False, pool=None):
+    """The published computation by other means: a mask (and weights) over all pairs of tokens of the padded map."""
+    batch, height, width, heads, head_dim = q.shape
+    size = (height // n_win, width // n_win)
+    scale = (heads * head_dim) ** -0.5 if scale is None else scale
+    full = [-(-n // s) * s for n, s in zip((height, width), size, strict=True)]
+    real = np.zeros(full, bool)
+    real[:height, :width] = True
+    region = region_of(*full, size)
+    regions = region.max() + 1
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, full[0] - height), (0, full[1] - width), (0, 0), (0, 0))).reshape(batch, -1, *x.shape[3:])
+        for x in (q, k, v)
+    )
+    counted = jnp.asarray(np.eye(regions)[region] * real.reshape(-1, 1))  # [T, P]
+    q_mean, k_mean = (jnp.einsum("btnh,tp->bpnh", x, counted / counted.sum(0)).reshape(batch, regions, -1) for x in (q, k))
+    if not diff:
+        q_mean, k_mean = jax.lax.stop_gradient((q_mean, k_mean))
+    logits = jnp.einsum("bpc,brc->bpr", q_mean, k_mean, precision="highest") * (1.0 if ragged else scale)
+    order = jnp.argsort(-logits, axis=-1)[..., :topk]
+    chosen = jax.nn.one_hot(order, regions).sum(-2)
+    share = jax.nn.softmax(jnp.where(chosen > 0, logits, -jnp.inf), axis=-1)
+    kv_region = region
+    if pool is not None:
+        k, v, kv_region = (*(pool(x) for x in (k, v)), np.repeat(np.arange(regions), pool(k).shape[1] // regions))
+    pairs = chosen[:, region][:, :, kv_region]
+    factor = share[:, region][:, :, kv_region][:, None] if soft else 1.0
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * scale * factor
+    weights = jax.nn.softmax(jnp.where(pairs[:, None] > 0, scores, -jnp.inf), axis=-1) * factor
+    out = jnp.einsum("bnts,bsne->btne", weights, v, precision="highest")
+    return out.reshape(batch, *full, heads, -1)[:, :height, :width], order
+
+
+def agree(reference, inputs, *ops_to_check, atol=2e-5):
+    """Values, choice and gradients under a random cotangent; returns the routing."""
+    *inputs, cotangent = inputs
+
+    def run(f):
+        def total(*inputs):
+            y, choice = f(*inputs)
+            return jnp.vdot(y, cotangent), (y, choice)
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs)
+
+    (_, (want, order)), want_grads = run(reference)
+    for op in ops_to_check:
+        (_, (have, routing)), have_grads = run(op)
+        np.testing.assert_array_equal(routing.index, order)
+        np.testing.assert_allclose(have, want, atol=atol)
+        for name, a, b in zip("qkv", have_grads, want_grads, strict=True):
+            np.testing.assert_allclose(a, b, atol=atol, err_msg=name)
+    return routing
+
+
+def both(op, **options):
+    return [functools.partial(op, implementation=name, **options) for name in ("gather", "blocks")]
+
+
+@pytest.mark.parametrize(("height", "width", "options"), [
+    (8, 8, {"n_win": 4, "topk": 3}),
+    (6, 9, {"n_win": 3, "topk": 1, "scale": 0.7}),
+    (4, 6, {"n_win": 2, "topk": 4}),
+])  # fmt: skip
+def test_values_and_gradients(height, width, options):
+    agree(functools.partial(dense, **options), arrays(height, width), *both(ops_op, **options))
+
+
+@pytest.mark.parametrize("diff", [False, True])
+def test_soft_routing(diff):
+    """Without diff_routing the weights scale keys and values, but nothing is learnt through them."""
+    options = {"n_win": 3, "topk": 4}
+    op = functools.partial(ops_op, soft_routing=True, diff_routing=diff, **options)
+    routing = agree(functools.partial(dense, soft=True, diff=diff, **options), arrays(6, 6), op)
+    np.testing.assert_allclose(routing.weight.sum(-1), 1.0, atol=1e-6)
+    assert np.all(np.diff(routing.weight, axis=-1) <= 0)
+
+
+@pytest.mark.parametrize(("height", "width", "n_win", "topk"), [(9, 11, 4, 3), (5, 4, 4, 5)])
+def test_ragged_maps(height, width, n_win, topk):
+    options = {"n_win": n_win, "topk": topk}
+    checked = both(bra.ragged_bilevel_routing_attention, **options)
+    routing = agree(functools.partial(dense, ragged=True, **options), arrays(height, width), *checked)
+    size, grid = bra.ragged_regions(height, width, n_win)
+    assert routing.index.shape == (2, grid[0] * grid[1], topk) and size == (height // n_win, width // n_win)
+
+
+def test_both_forms_agree_where_regions_divide():
+    q, k, v, _ = arrays(8, 12)
+    first, a = ops_op(q, k, v, n_win=4, topk=3)
+    second, b = bra.ragged_bilevel_routing_attention(q, k, v, n_win=4, topk=3)
+    np.testing.assert_array_equal(a.index, b.index)
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("implementation", ["gather", "blocks"])
+def test_all_regions_are_full_attention(implementation):
+    q, k, v, _ = arrays(6, 6, qk=5, v=5)
+    flat = [x.reshape(2, 36, 2, 5) for x in (q, k, v)]
+    want = ops.softmax_attention(*flat, scale=10**-0.5).reshape(q.shape)
+    have, _ = ops_op(q, k, v, n_win=3, topk=9, implementation=implementation)
+    np.testing.assert_allclose(have, want, atol=1e-5)
+
+
+def naive_pool(x, height, width, n_win, mode, size):
+    """Pools region after region with loops; x is [B, T, N, H] row by row, the result [B, P * u, N, H] by region."""
+    x = x.reshape(x.shape[0], height, width, *x.shape[2:])
+    rows, columns = height // n_win, width // n_win
+    reduce = jnp.max if "max" in mode else jnp.mean
+    out = []
+    for j, i in np.ndindex(n_win, n_win):
+        part = x[:, j * rows : (j + 1) * rows, i * columns : (i + 1) * columns]
+        if mode.startswith("ada_"):
+            for a, b in np.ndindex(size, size):
+                ys = slice(int(np.floor(a * rows / size)), int(np.ceil((a + 1) * rows / size)))
+                xs = slice(int(np.floor(b * columns / size)), int(np.ceil((b + 1) * columns / size)))
+                out.append(reduce(part[:, ys, xs], axis=(1, 2)))
+        else:
+            for a, b in np.ndindex(rows // size, columns // size):
+                out.append(reduce(part[:, a * size : (a + 1) * size, b * size : (b + 1) * size], axis=(1, 2)))
+    return jnp.stack(out, axis=1)
+
+
+@pytest.mark.parametrize(("mode", "size", "implementation"), [
+    ("ada_avgpool", 2, "blocks"), ("ada_avgpool", 7, "gather"), ("ada_maxpool", 3, "blocks"), ("avgpool", 2, "gather"),
+    ("maxpool", 3, "blocks"),
+])  # fmt: skip
+def test_pooled_keys(mode, size, implementation):
+    """Regions of 5 x 4 tokens: bins overlap, and fixed ratios leave some tokens out; the choice sees all of them."""
+    height, width = 10, 8
+    options = {"n_win": 2, "topk": 2}
+    pooling = {"kv_downsample_mode": mode, "kv_per_win" if mode.startswith("ada_") else "kv_downsample_ratio": size}
+    op = functools.partial(ops_op, implementation=implementation, **options, **pooling)
+    pool = functools.partial(naive_pool, height=height, width=width, n_win=2, mode=mode, size=size)
+    agree(functools.partial(dense, pool=pool, **options), arrays(height, width), op)
+
+
+def test_pooled_and_soft():
+    pool = functools.partial(naive_pool, height=6, width=6, n_win=2, mode="ada_maxpool", size=2)
+    op = functools.partial(ops_op, n_win=2, topk=3, soft_routing=True, kv_downsample_mode="ada_maxpool", kv_per_win=2)
+    agree(functools.partial(dense, n_win=2, topk=3, soft=True, pool=pool), arrays(6, 6), op)
+
+
+def test_long_regions_are_cut_into_blocks():
+    q, k, v, _ = arrays(30, 46, heads=1, batch=1)  # regions of 15 x 46 = 690 tokens, two blocks of 345
+    for n_win, topk in ((1, 1), (2, 1)):
+        gathered, _ = jax.jit(functools.partial(ops_op, n_win=n_win, topk=topk, implementation="gather"))(q, k, v)
+        listed, _ = jax.jit(functools.partial(ops_op, n_win=n_win, topk=topk, implementation="blocks"))(q, k, v)
+        np.testing.assert_allclose(listed, gathered, atol=2e-5)
+
+
+def test_kernel_in_the_interpreter():
+    """Regions of 100 tokens fill blocks of 128: the padding is not attended to."""
+    q, k, v, cotangent = arrays(20, 20, batch=1, qk=4, v=6)
+    options = {"n_win": 2, "topk": 2}
+    with dispatch.interpreted():
+        op = functools.partial(ops_op, implementation="blocks", block_implementation="pallas", **options)
+        agree(functools.partial(dense, **options), (q, k, v, cotangent), op, atol=1e-4)
+
+
+def test_what_runs_where():
+    shape = jax.ShapeDtypeStruct((1, 64, 64, 2, 32), jnp.bfloat16)
+
+    def decisions(platform, **options):
+        with dispatch.target(platform, "TPU v5e" if platform == "tpu" else None), dispatch.record() as found:
+            jax.eval_shape(lambda q, k, v: ops_op(q, k, v, **options)[0], shape, shape, shape)
+        return [decision.chosen for decision in found]
+
+    assert decisions("tpu", n_win=4, topk=4) == ["blocks", "pallas"]  # 256 tokens
+    assert decisions("tpu", n_win=16, topk=4) == ["blocks", "xla"]  # 16 tokens
+    assert decisions("cpu", n_win=4, topk=4) == ["blocks", "xla"]
+    assert decisions("tpu", n_win=4, topk=4, soft_routing=True) == ["gather"]
+    assert "soft routing" in str(ops.explain(lambda q: ops_op(q, q, q, n_win=4, topk=4, soft_routing=True)[0], shape))
+
+
+def test_the_choice_is_made_in_float32():
+    q, k, v, _ = arrays(8, 8, dtype=jnp.bfloat16)
+    y, routing = ops_op(q, k, v, n_win=4, topk=3)
+    wide, want = ops_op(*(x.astype(jnp.float32) for x in (q, k, v)), n_win=4, topk=3)
+    assert y.dtype == jnp.bfloat16 and routing.weight.dtype == jnp.float32
+    np.testing.assert_array_equal(routing.index, want.index)
+    np.testing.assert_allclose(y.astype(jnp.float32), wide, atol=0.05)
+
+
+def test_rematerialised_choice_is_kept():
+    q, k, v, _ = arrays(4, 4)
+    keep = jax.checkpoint_policies.save_only_these_names("routing")
+    f = jax.checkpoint(lambda q, k, v: ops_op(q, k, v, n_win=2, topk=2)[0].sum(), policy=keep)
+    # the sort of the top-k appears in the forward pass only
+    assert str(jax.make_jaxpr(jax.grad(f))(q, k, v)).count("top_k[") == 1
+
+
+def test_weights_over_all_regions():
+    q, k, v, _ = arrays(6, 4)
+    regions = [bra.to_regions(x, (3, 2)) for x in (q, k, v)]
+    for soft in (False, True):
+        want, routing = ops_op(q, k, v, n_win=2, topk=2, scale=0.4, soft_routing=soft)
+        weight = routing.weight if soft else None
+        weights = bra.routed_weights(*regions[:2], routing.index, weight, scale=0.4)
+        listed = np.asarray(jax.nn.one_hot(routing.index, 4).sum(2) > 0)
+        np.testing.assert_allclose(weights.sum((-2, -1)), 1.0, atol=1e-6)
+        assert not np.any(np.moveaxis(weights, 4, 2)[~listed])
+        if not soft:
+            out = bra.from_regions(jnp.einsum("bpnwru,brune->bpwne", weights, regions[2]), (2, 2), (3, 2))
+            np.testing.assert_allclose(out, want, atol=1e-5)
+
+
+def test_regions_and_back():
+    x = jnp.arange(2 * 6 * 8).reshape(2, 6, 8, 1)
+    regions = bra.to_regions(x, (3, 2))
+    assert regions.shape == (2, 8, 6, 1)
+    np.testing.assert_array_equal(regions[0, 5, :, 0], x[0, 3:6, 2:4, 0].reshape(-1))
+    np.testing.assert_array_equal(bra.from_regions(regions, (2, 4), (3, 2)), x)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"n_win": 3, "topk": 1}, "n_win = 3: does not divide a map of 8 x 4"),
+    ({"n_win": 0, "topk": 1}, "n_win = 0"),
+    ({"n_win": 2, "topk": 5}, "topk = 5: the map has 4 regions. Choose between 1 and 4"),
+    ({"n_win": 2, "topk": 0}, "topk = 0"),
+    ({"n_win": 2, "topk": 1, "kv_downsample_mode": "ada_avg"}, "did you mean 'ada_avgpool'"),
+    ({"n_win": 2, "topk": 1, "kv_downsample_mode": "avgpool", "kv_downsample_ratio": 3}, "a region has 4 x 2 tokens"),
+    ({"n_win": 2, "topk": 1, "kv_downsample_mode": "ada_maxpool", "kv_per_win": 0}, "kv_per_win = 0"),
+])  # fmt: skip
+def test_bad_input(options, message):
+    q, k, v, _ = arrays(8, 4)
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(functools.partial(ops_op, **options), q, k, v)
+
+
+def test_bad_input_of_the_ragged_form_and_of_implementations():
+    q, k, v, _ = arrays(8, 4)
+    for n_win in (0, 5):
+        with pytest.raises(ConfigError, match=f"n_win = {n_win}: a map of 8 x 4"):
+            bra.ragged_bilevel_routing_attention(q, k, v, n_win=n_win, topk=1)
+    with pytest.raises(ConfigError, match="topk = 7"):
+        bra.ragged_bilevel_routing_attention(q, k, v, n_win=2, topk=7)
+    with pytest.raises(NotImplementedError, match="diff_routing without soft_routing"):
+        ops_op(q, k, v, n_win=2, topk=1, diff_routing=True)
+    with pytest.raises(NotImplementedError, match="soft routing scales"):
+        ops_op(q, k, v, n_win=2, topk=1, soft_routing=True, implementation="blocks")
+    with pytest.raises(NotImplementedError, match="runs on"):
+        ops_op(q, k, v, n_win=2, topk=1, implementation="blocks", block_implementation="pallas")
+    with pytest.raises(ConfigError, match="did you mean 'gather'"):
+        ops_op(q, k, v, n_win=2, topk=1, implementation="gathered")
