@@ -114,7 +114,8 @@ def train(name: str, steps: int, batch: int, dim: int, seed: int) -> dict[str, f
     for number in range(steps):
         state, metrics = step(state, draw(rng, batch))
         if number % max(steps // 10, 1) == 0:
-            print(f"{name:8} step {number:5} loss {float(metrics['loss']):.3f} at queries {float(metrics['query_loss']):.3f} {time.perf_counter() - start:6.1f} s", flush=True)
+            told = f"loss {float(metrics['loss']):.3f}, at queries {float(metrics['query_loss']):.3f}"
+            print(f"{name:8} step {number:5} {told} {time.perf_counter() - start:6.1f} s", flush=True)
     variables = {"params": state.params, **state.collections}
     predict = jax.jit(lambda variables, inputs: jnp.argmax(task.model.apply(variables, inputs)[0], -1))
     fresh = [draw(np.random.default_rng(10_000 + i), batch) for i in range(8)]

@@ -1,10 +1,44 @@
 """Flax modules that map tokens to tokens, [B, T, D] to [B, T, D]; usable alone, without config or mesh."""
 
+from attnlab.nn.bilevel_routing import BiLevelRoutingAttention
 from attnlab.nn.block import Block
+from attnlab.nn.gated_linear import GatedDeltaNet, GatedLinearAttention
+from attnlab.nn.grassmann import GrassmannMixing
+from attnlab.nn.kmeans_attention import KMeansAttention
+from attnlab.nn.magnitude_aware import MagnitudeAwareAttention
 from attnlab.nn.mixer import KVCache
 from attnlab.nn.mlp import GatedMLP, GeluMLP
 from attnlab.nn.norm import LayerNorm, RMSNorm
+from attnlab.nn.routing import RoutingAttention
+from attnlab.nn.shifted import S2Attention, SFAttention
 from attnlab.nn.sigmoid import SigmoidAttention
 from attnlab.nn.softmax import SoftmaxAttention
+from attnlab.nn.sparse_state import SparseStateExpansion
+from attnlab.nn.titans import TitansLMM, TitansMAC, TitansMAG, TitansMAL
+from attnlab.nn.titans_lucid import LucidMemory
 
-__all__ = ["Block", "GatedMLP", "GeluMLP", "KVCache", "LayerNorm", "RMSNorm", "SigmoidAttention", "SoftmaxAttention"]
+__all__ = [
+    "BiLevelRoutingAttention",
+    "Block",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
+    "GatedMLP",
+    "GeluMLP",
+    "GrassmannMixing",
+    "KMeansAttention",
+    "KVCache",
+    "LayerNorm",
+    "LucidMemory",
+    "MagnitudeAwareAttention",
+    "RMSNorm",
+    "RoutingAttention",
+    "S2Attention",
+    "SFAttention",
+    "SigmoidAttention",
+    "SoftmaxAttention",
+    "SparseStateExpansion",
+    "TitansLMM",
+    "TitansMAC",
+    "TitansMAG",
+    "TitansMAL",
+]
