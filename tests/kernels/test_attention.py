@@ -9,7 +9,7 @@ import pytest
 
 from attnlab import ops
 from attnlab.ops import dispatch
-from kernels_pallas.attention import attention
+from kernels_pallas.attention import attention, tuning
 
 # Interpreted kernels are long programs that run for milliseconds: compile them without optimisation.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -94,6 +94,20 @@ def test_equals_the_reference(name, normalization):
         np.testing.assert_allclose(
             one.astype(jnp.float32), other, atol=tolerance * float(jnp.abs(other).max() + 1e-3), rtol=0
         )
+
+
+@pytest.mark.parametrize("gain", [1.0, 30.0])  # small scores, and such that need a running maximum
+def test_tiles_do_not_change_the_result(gain):
+    arrays = draw(500, 500, 1, 1, 32, jnp.float32)
+    arrays[0] = arrays[0] * gain
+    kernel = functools.partial(attention, normalization="softmax", causal=True, block_q=256, block_kv=256, interpret=True)
+    results = []
+    for full, partial in (((256, 256, 0, False), (256, 256, 0, False)), ((128, 256, 1, False, True), (256, 128, 1, True, True))):
+        pair = (tuning.Tiles(*full), tuning.Tiles(*partial))
+        with tuning.using(forward=pair, online=pair, dq=pair, dkv=pair):
+            results.append(jit(functools.partial(pulled, kernel))(arrays))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(other).max()))
 
 
 @pytest.mark.parametrize("normalization", ["softmax", "sigmoid"])

@@ -108,12 +108,12 @@ def test_gradients_of_the_router():
     """With one key per query there is nothing for queries to learn; with weighted regions there is, if gradients may flow."""
 
     def gradient(**fields):
-        module = layer(n_win=4, **fields)
+        module = layer(n_win=4, side_dwconv=0, **fields)
         x, variables = start(module, 4, 4)
         loss = jax.jit(jax.grad(lambda v: jnp.sum(module.apply(v, x)[0] ** 2)))
         return loss(variables)["params"]["query"]["kernel"]
 
-    for fields in ({}, {"soft_routing": True}, {"soft_routing": True, "diff_routing": True}):
+    for fields in ({}, {"soft_routing": True, "diff_routing": True}):
         np.testing.assert_allclose(gradient(topk=1, **fields), 0.0, atol=1e-5)  # one region of one token: its weight is 1
     held, free = (gradient(topk=2, soft_routing=True, diff_routing=diff) for diff in (False, True))
     assert np.any(held) and not np.allclose(held, free, atol=1e-3)
@@ -126,8 +126,8 @@ def test_under_transformations():
     over_batch = jax.vmap(lambda x: module.apply(variables, x[None])[0][0])(x)
     np.testing.assert_allclose(over_batch, want, atol=1e-5)
     kept = linen.remat(BiLevelRoutingAttention)(dim=DIM, num_heads=2, n_win=2, topk=2, side_dwconv=3)
-    loss = lambda m: jax.jit(jax.grad(lambda v: jnp.sum(m.apply(v, x)[0] ** 2)))(variables)  # noqa: E731
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), loss(kept), loss(module))
+    loss = lambda m: jax.jit(jax.grad(lambda v: jnp.mean(m.apply(v, x)[0] ** 2)))(variables)  # noqa: E731
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), loss(kept), loss(module))
     bridged = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x)
     assert bridged(x)[0].shape == x.shape and {"query", "key", "value", "out", "lepe"} <= set(nnx.state(bridged, nnx.Param))
     low = layer(dtype=jnp.bfloat16).apply(variables, x)[0]
