@@ -119,7 +119,9 @@ def compile_case(case: dict[str, Any]) -> Report:
     source = ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", case["capability"], 32)
     options["enable_fp_fusion"] = True  # as jax-triton does
-    built = triton.compile(source, target=target, options=options)
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder  # jax-triton, once imported, leaves Triton without a place for what it compiles
+        built = triton.compile(source, target=target, options=options)
     return assemble(built.asm["ptx"], built.metadata.shared)
 
 

@@ -188,7 +188,7 @@ def _interpret(
     # The interpreter multiplies bfloat16 by its bits: widen on the way in, narrow on the way out.
     given = [np.array(x, np.float32 if x.dtype.name == "bfloat16" else None, order="C") for x in map(np.asarray, arrays)]
     results = [np.zeros(x.shape, np.float32 if x.dtype.name == "bfloat16" else x.dtype) for x in out]
-    function = getattr(_interpreted(), kernel)
     with _one_at_a_time, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        function = getattr(_interpreted(), kernel)  # devices come here in threads of their own, and one imports
         function[(programs,)](*map(_HostArray, [*given, *results]), **constants)
     return [x.astype(like.dtype) for x, like in zip(results, out, strict=True)]
