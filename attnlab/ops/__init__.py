@@ -17,10 +17,11 @@ from attnlab.ops.magnitude_aware import magnitude_aware_attention
 from attnlab.ops.neural_memory import neural_memory
 from attnlab.ops.rotary import rotary
 from attnlab.ops.routing import causal_routing_attention, routing_attention
+from attnlab.ops.row_sparse import row_sparse_scan
 from attnlab.ops.shifted import shifted_attention
 from attnlab.ops.sigmoid import sigmoid_attention
 from attnlab.ops.softmax import softmax_attention
-from attnlab.ops.sparse_state import row_sparse_scan, sparse_state_attention
+from attnlab.ops.sparse_state import sparse_state_attention
 from attnlab.ops.topk_attention import topk_attention
 from attnlab.ops.weights import attention_weights
 

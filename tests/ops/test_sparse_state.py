@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attnlab.errors import ConfigError
-from attnlab.ops import dispatch, partition_streams, sparse_state
+from attnlab.ops import dispatch, partition_streams, row_sparse, sparse_state
 from attnlab.ops.linear_scan import gated_linear_scan
 
 B, N, HK, HV, P = 2, 2, 8, 4, 4
@@ -207,14 +207,14 @@ def test_load_balance_loss():
 def test_row_sparse_update():
     arrays = draw(30)
     q, logits, v, g = (arrays[name] for name in ("q_shared", "k_shared", "v", "log_decay_shared"))
-    result = sparse_state.row_sparse_scan(q, logits, v, g, 3)
+    result = row_sparse.row_sparse_scan(q, logits, v, g, 3)
     assert np.all(result.row_mask.sum(-1) == 3) and not np.any(result.key[~result.row_mask])
     np.testing.assert_allclose(result.key.sum(-1), 1.0, rtol=1e-5)
     assert np.all(np.where(result.row_mask, logits, np.inf).min(-1) >= np.where(result.row_mask, -np.inf, logits).max(-1))
     want = gated_linear_scan(q, result.key, v, jnp.where(result.row_mask, g, 0.0), implementation="recurrent")
     assert_all_equal((result.out, result.state), want, 2e-5)
     with pytest.raises(ConfigError, match="num_rows = 9: there are 8 rows"):
-        sparse_state.row_sparse_scan(q, logits, v, g, 9)
+        row_sparse.row_sparse_scan(q, logits, v, g, 9)
 
 
 def test_what_runs_by_default():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.nn.sparse_state import SparseStateExpansion
-from attnlab.ops import partition_streams, sparse_state
+from attnlab.ops import partition_streams, row_sparse, sparse_state
 
 # `segment_offsets` of `core` leaves empty segments out: its length depends on values. The rest is jitted below.
 EAGER = True
@@ -174,5 +174,5 @@ def _row_sparse(config, inputs, params):
     batch, length, heads, head_k = arrays[0].shape
     _check(config, batch=batch, length=length, num_heads=heads, head_k_dim=head_k, head_v_dim=arrays[2].shape[-1])
     rows = config["topk_rows"]
-    result = jax.jit(lambda *arrays: sparse_state.row_sparse_scan(*arrays, rows))(*arrays)
+    result = jax.jit(lambda *arrays: row_sparse.row_sparse_scan(*arrays, rows))(*arrays)
     return {"o": result.out, "key": result.key, "row_mask": result.row_mask, "state_final": result.state}
