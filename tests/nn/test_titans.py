@@ -21,7 +21,7 @@ MIXERS = {
     "mal": TitansMAL(**SMALL, num_heads=2, num_persistent=3, window=12),
     "lucid": LucidMemory(
         dim=DIM, num_heads=2, chunk_size=4, batch_size=8, memory_expansion=2.0, layer_modulation=True, momentum_order=2,
-        post_norm=True, qk_norm=True, max_grad_norm=0.5, pool="attention",
+        post_norm=True, qk_norm=True, max_grad_norm=0.05, pool="attention",
     ),
     "segments": SegmentedAttention(dim=DIM, num_heads=2, segment_len=6, num_longterm=1, num_persistent=2),
     "sliding": SegmentedAttention(dim=DIM, num_heads=2, segment_len=6, num_persistent=2, sliding=True),

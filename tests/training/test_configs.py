@@ -35,6 +35,7 @@ def test_presets_are_valid(name):
 @pytest.mark.parametrize("name", FILES)
 def test_smoke_preset_trains_and_is_evaluated(name, run_python, corpus, cache_dir, tmp_path):
     fields = {"num_train_steps": 4, "log_every_steps": 2, "eval_every_steps": 4, "checkpoint_every_steps": 4, "eval_batches": 1}
+    fields["optimizer.warmup_steps"] = 1
     if cli.load_config(f"{ROOT / 'configs' / name}:smoke").data.name == "stdlib":
         fields |= {"data.name": f"text:{corpus}", "data.dir": os.fspath(cache_dir / "data")}
     changes = [f"--config.{field}={value}" for field, value in fields.items()]
