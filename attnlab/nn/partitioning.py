@@ -32,6 +32,7 @@ class Named(nn.LogicallyPartitioned):
 
 def named(init: Callable[..., jax.Array], *names: str | None) -> Callable[..., Named]:
     """Returns the initializer with a logical name for each axis of its result."""
+    names = tuple(None if name in names[:place] else name for place, name in enumerate(names))  # one axis each
     return lambda *args, **kwargs: Named(init(*args, **kwargs), names)
 
 
