@@ -52,7 +52,7 @@ def attend_ring(call: AttentionCall) -> Array:
     q_positions, kv_positions = call.positions()
     if call.kv_mask is not None:
         kv_positions = jnp.where(call.kv_mask, kv_positions, -1)
-    k, v = sharding.repeat_kv_heads(call.k, call.v)
+    k, v = sharding.repeat_kv_heads(call.k, call.v, call.q.shape[2])
     arrays = {
         "q": _pad(call.q, pad_q),
         "k": _pad(k, pad_kv),

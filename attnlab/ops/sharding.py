@@ -128,10 +128,14 @@ def shard_over_mesh(
     )(*(args[i] for i in given))
 
 
-def repeat_kv_heads(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Repeats key/value heads [B, S, K, H] just so often that the head axes of the mesh can split them."""
-    kv_heads = k.shape[2]
-    times = math.lcm(kv_heads, shard_count("heads")) // kv_heads
+def repeat_kv_heads(k: jax.Array, v: jax.Array, heads: int) -> tuple[jax.Array, jax.Array]:
+    """Repeats key/value heads [B, S, K, H] just so often that they split wherever the `heads` query heads do.
+
+    The result's heads still divide `heads`: both K and the number of shards of the query heads do.
+    """
+    active, kv_heads = active_axes(), k.shape[2]
+    shards = math.prod(active[name] for name in axes_for("heads", heads) or ())
+    times = math.lcm(kv_heads, shards) // kv_heads
     if times == 1:
         return k, v
     return jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2)

@@ -113,7 +113,7 @@ def _cudnn(call: AttentionCall) -> Array:
             implementation="cudnn",
         )
 
-    q, k, v = call.q, *sharding.repeat_kv_heads(call.k, call.v)
+    q, k, v = call.q, *sharding.repeat_kv_heads(call.k, call.v, call.q.shape[2])
     return sharding.shard_over_mesh(local, (q, k, v), ("BTNH", "BSKH", "BSKH"), "BTNH")
 
 

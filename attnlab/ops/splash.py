@@ -26,7 +26,7 @@ def attend_splash(call: AttentionCall) -> Array:
     block_q, block_kv = block_length(length), block_length(keys)
     pad_q, pad_kv = -length % block_q, -keys % block_kv
     q = (call.q.astype(jnp.float32) * call.scale).astype(call.q.dtype)
-    k, v = sharding.repeat_kv_heads(call.k, call.v)
+    k, v = sharding.repeat_kv_heads(call.k, call.v, call.q.shape[2])
     q_segments, kv_segments = _segments(call, pad_q, pad_kv)
     padded = (_pad(q, pad_q), _pad(k, pad_kv), _pad(v, pad_kv), q_segments, kv_segments)
     local = functools.partial(_local, length=length, keys=keys, window=call.window, blocks=(block_q, block_kv))

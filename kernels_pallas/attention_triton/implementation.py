@@ -17,7 +17,7 @@ _FEW_QUERIES = 16
 
 def attend_triton(call: AttentionCall, blocks: Any = None) -> Array:
     """Computes a call, over listed key blocks if `blocks` (an `ops.block_index.BlockIndex`) is given."""
-    k, v = sharding.repeat_kv_heads(call.k, call.v)
+    k, v = sharding.repeat_kv_heads(call.k, call.v, call.q.shape[2])
     batch, _, heads, _ = call.q.shape
     arrays = {
         "q_segment_ids": (call.q_segment_ids, "BT"),
