@@ -8,7 +8,7 @@ Presets (`--config=configs/sse.py:NAME`):
     600m      600M parameters on 15B tokens, n4k1, SSE-GLA; `600m-h`: every 6th layer is softmax; `600m-gdn`: delta rule.
     2b        2B parameters on 100B tokens; `2b-h` the hybrid.
     released  the released model configuration: 24 layers, width 2048, 6 heads of 256, two writers and readers of four.
-    small     a byte-level model for two CPU cores, some minutes: expect about 2 bits per byte.
+    small     a byte-level model for two CPU cores, some minutes.
     smoke     two linear layers and a softmax one, a few steps.
 
 Hardware and time: 600m for 15B tokens is about 10^20 FLOPs, a day on 8 H100s or a v5e-32 at 30% utilisation; the paper reports

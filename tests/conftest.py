@@ -19,9 +19,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LONG = {
     "models/test_biformer.py", "models/test_mavit.py",
     "nn/test_bilevel_routing.py", "nn/test_grassmann.py", "nn/test_magnitude_aware.py", "nn/test_routing.py",
-    "nn/test_sparse_state.py", "nn/test_titans.py", "nn/test_vision.py",
-    "ops/test_bilevel_routing.py", "ops/test_grassmann.py", "ops/test_linear_scan.py", "ops/test_magnitude_aware.py",
-    "ops/test_neural_memory.py", "ops/test_routing.py", "ops/test_sparse_state.py",
+    "nn/test_titans.py", "nn/test_vision.py",
+    "ops/test_bilevel_routing.py", "ops/test_grassmann.py", "ops/test_magnitude_aware.py",
+    "ops/test_neural_memory.py", "ops/test_routing.py",
 }  # fmt: skip
 
 
@@ -33,6 +33,22 @@ def pytest_ignore_collect(collection_path, config):
     name = "/".join(collection_path.parts[-2:])
     if name in LONG and not config.getoption("--long") and not any(name in argument for argument in config.args):
         return True
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly(request):
+    """These rooms' tests compile much and compute little: without XLA's dear passes they take two thirds of the time.
+
+    The passes are on in tests/golden, tests/training, and in every process that a test starts.
+    """
+    import jax
+
+    if request.path.parent.name not in {"nn", "ops", "models", "methods", "inference"}:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -49,11 +49,13 @@ class Chains(NamedTuple):
         chain: [B, n] int32, ascending along n within a row where chunks are in use.
         first: [B, n] bool, the chunk starts its chain.
         last: [B, S] int32, the last chunk of each chain, or -1 for a chain without chunks.
+        cleared: [B, S] bool, a reset follows the chain's last token: its last state is zero. None = nowhere.
     """
 
     chain: Array
     first: Array
     last: Array
+    cleared: Array | None = None
 
 
 def check_chunk(chunk: int) -> None:
@@ -127,6 +129,20 @@ def decayed_scores(
         scores [..., C, C] per query array, zero above the diagonal; queries times the decay since the chunk's start (their own
         included); keys times the decay up to the chunk's end; the decay of the whole chunk [..., H or 1].
     """
+    # One leading axis: the CPU compiler of jax 0.10 crashes on sums of products of seven and more axes.
+    lead = k.shape[:-2]
+    queries, k, decay = (tuple(_merge(q) for q in queries), _merge(k), _merge(decay))
+    results = _decayed_scores(queries, k, decay, precision)
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), results)
+
+
+def _merge(x: Array) -> Array:
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _decayed_scores(
+    queries: tuple[Array, ...], k: Array, decay: Array, precision: Any
+) -> tuple[list[Array], list[Array], Array, Array]:
     if decay.shape[-1] == 1:
         ratio, since, until, total = _decay_ratios(decay[..., 0])
         scores = [jnp.einsum("...ih,...jh->...ij", q, k, precision=precision) * ratio for q in queries]
@@ -197,14 +213,17 @@ def unit_lower_inverse(lower: Array, precision: Any = None) -> Array:
     By halves, X = [[X1, 0], [-X2 L21 X1, X2]], as stable as forward substitution. (The shorter product of I + (-L)^(2^i) is not:
     with repeated keys its powers grow beyond float32 before they vanish.)
     """
+    return _inverse(_merge(lower), precision).reshape(lower.shape)
+
+
+def _inverse(lower: Array, precision: Any) -> Array:
     size = lower.shape[-1]
     if size == 1:
         return jnp.ones_like(lower)
     half = size // 2
-    diagonal = jnp.stack([lower[..., :half, :half], lower[..., half:, half:]], axis=-3)
-    inverse = unit_lower_inverse(diagonal, precision)
-    first, second = inverse[..., 0, :, :], inverse[..., 1, :, :]
-    below = _product(second, _product(lower[..., half:, :half], first, precision), precision)
+    both = _inverse(jnp.concatenate([lower[:, :half, :half], lower[:, half:, half:]]), precision)
+    first, second = jnp.split(both, 2)
+    below = _product(second, _product(lower[:, half:, :half], first, precision), precision)
     return _lower(first, second, -below)
 
 
@@ -279,6 +298,8 @@ def _states(parts: Contribution, chains: Chains, initial: Array | None, precisio
     final = after[jnp.maximum(chains.last, 0), jnp.arange(batch)[:, None]]
     empty = (chains.last < 0)[..., None, None, None]
     final = jnp.where(empty, 0.0 if initial is None else initial, final)
+    if chains.cleared is not None:
+        final = jnp.where(chains.cleared[..., None, None, None], 0.0, final)
     return jnp.moveaxis(before, 0, 2), final
 
 

@@ -65,9 +65,18 @@ class Streams(NamedTuple):
         at = jnp.arange(self.used.shape[1]) % (self.used.shape[1] // self.first.shape[1])
         return self.used & (count != jnp.where(opens & (at == 0), 0, before))
 
-    def chains(self, leading: int) -> Chains:
-        """The chunk table behind `leading` chunks of one more chain, number 0."""
+    def cleared(self, reset: Bool[Array, "B T"]) -> Bool[Array, "B P"]:
+        """Partitions that a reset clears after their last token, or that have none while the others are reset."""
+        count = jnp.cumsum(reset.astype(jnp.int32), axis=1)
+        seen = jnp.where(self.used, jnp.take_along_axis(count, self.token, axis=1), 0)
+        seen = jnp.max(seen.reshape(*self.chain.shape, -1), axis=-1)  # [B, n], per chunk
+        of_partition = self.chain[..., None] == jnp.arange(self.last.shape[1])
+        return jnp.max(jnp.where(of_partition, seen[..., None], 0), axis=1) < count[:, -1:]
+
+    def chains(self, leading: int, reset: Bool[Array, "B T"] | None) -> Chains:
+        """The chunk table behind `leading` chunks of one more chain, number 0, which holds all tokens."""
         batch = self.chain.shape[0]
+        cleared = None if reset is None else jnp.pad(self.cleared(reset), ((0, 0), (1, 0)))
         lead = jnp.arange(leading)[None].repeat(batch, axis=0)
         return Chains(
             chain=jnp.concatenate([jnp.zeros_like(lead), 1 + self.chain], axis=1),
@@ -75,6 +84,7 @@ class Streams(NamedTuple):
             last=jnp.concatenate(
                 [jnp.full((batch, 1), leading - 1), jnp.where(self.last < 0, -1, leading + self.last)], axis=1
             ),
+            cleared=cleared,
         )
 
 

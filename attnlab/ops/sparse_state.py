@@ -323,7 +323,7 @@ def _varlen(call: SparseCall, axis: Any) -> tuple[Array, Array]:
         call.precision,
     )
     shared_chunks = max(-(-length // chunk), 1)
-    out, state = chunk_scan.run_chains(parts, streams.chains(shared_chunks), call.initial, axis, call.precision)
+    out, state = chunk_scan.run_chains(parts, streams.chains(shared_chunks, call.reset), call.initial, axis, call.precision)
     shared, sparse = jnp.split(out, [shared_chunks], axis=2)
     sparse = partition_streams.collapse(chunk_scan.from_chunks(sparse, streams.used.shape[1]), streams)
     return chunk_scan.from_chunks(shared, length) + sparse, state

@@ -27,7 +27,7 @@ MIXERS = {
 
 def start(mixer, seed=0, length=LENGTH, batch=2):
     x = jax.random.normal(jax.random.key(seed), (batch, length, DIM))
-    variables = meta.unbox(mixer.init(jax.random.key(seed + 1), x[:, :2]))
+    variables = meta.unbox(jax.jit(mixer.init)(jax.random.key(seed + 1), x[:, :2]))
     assert set(variables) == {"params"}
     # larger kernels than at initialisation, so that gates and routers are far from uniform
     return x, jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim > 1 and leaf.shape[0] == DIM else leaf, variables)
@@ -47,14 +47,12 @@ def test_full_pass_equals_any_chunking(name):
     want, none = run(variables, x, mask=mask)
     assert none is None and np.any(want)
     assert not np.any(want[1, :5])
-    for splits in ((1, 63, 64, 100), (100,)):
-        cache = mixer.init_cache(2, LENGTH)
-        parts = []
-        for chunk, part_mask in zip(jnp.split(x, splits, axis=1), jnp.split(mask, splits, axis=1), strict=True):
-            part, cache = run(variables, chunk, cache, mask=part_mask)
-            parts.append(part)
-        np.testing.assert_allclose(jnp.concatenate(parts, axis=1), want, atol=1e-4)
-        assert int(cache.index) == LENGTH
+    cache, parts, splits = mixer.init_cache(2, LENGTH), [], (1, 63, 64, 100)
+    for chunk, part_mask in zip(np.split(x, splits, axis=1), np.split(mask, splits, axis=1), strict=True):
+        part, cache = run(variables, chunk, cache, mask=part_mask)
+        parts.append(part)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), want, atol=1e-4)
+    assert int(cache.index) == LENGTH
 
     def one(cache, token):
         y, cache = mixer.apply(variables, token[0][:, None], mask=token[1][:, None], cache=cache)
@@ -67,7 +65,7 @@ def test_full_pass_equals_any_chunking(name):
     assert jax.tree.map(jnp.shape, last) == jax.tree.map(jnp.shape, mixer.init_cache(2, 9999))
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", ["sse gla", "sse mask", "gdn"])
 def test_packed_documents_do_not_see_each_other(name):
     mixer = MIXERS[name]
     x, variables = start(mixer, length=40)
@@ -75,46 +73,54 @@ def test_packed_documents_do_not_see_each_other(name):
     run = applied(mixer)
     packed, _ = run(variables, x, segment_ids=segments)
     for part in (slice(0, 15), slice(15, 36)):
-        np.testing.assert_allclose(packed[:, part], run(variables, x[:, part])[0], atol=5e-5)
+        size = part.stop - part.start  # filled up to one length for one compilation: the order is causal
+        alone, _ = run(variables, jnp.pad(x[:, part], ((0, 0), (0, 40 - size), (0, 0))))
+        np.testing.assert_allclose(packed[:, part], alone[:, :size], atol=5e-5)
     assert not np.any(packed[:, 36:])
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", ["sse gla", "sse gdn", "gla"])
 def test_order_and_padding_by_gradients(name):
     mixer = MIXERS[name]
     x, variables = start(mixer, length=24)
     mask = jnp.ones((2, 24), bool).at[0, 7].set(False)
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(mixer.apply(variables, x, mask=mask)[0][:, 12])))(x)
+
+    @jax.jit
+    def gradients(mask, weight):
+        loss = lambda variables, x: jnp.sum(weight * mixer.apply(variables, x, mask=mask)[0])  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1))(variables, x)
+
+    _, gradient = gradients(mask, (jnp.arange(24) == 12)[:, None])
     assert np.any(gradient[:, 12]) and not np.any(gradient[:, 13:])
     assert not np.any(gradient[0, 7]) and np.any(gradient[0, 6]) and np.any(gradient[1, 0])
     none = jnp.zeros((2, 24), bool)
-    gradient = jax.jit(jax.grad(lambda v: jnp.sum(mixer.apply(v, x, mask=none)[0] ** 2)))(variables)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients(none, jnp.ones((24, 1)))))
 
 
 def test_losses_and_metrics_are_sown():
     mixer = MIXERS["sse gla"]
     x, variables = start(mixer, length=30)
     valid = jnp.ones((2, 30), bool).at[1].set(False)
-    (_, _), sown = mixer.apply(variables, x, mask=valid, mutable=["losses", "metrics", "intermediates"])
+    apply = jax.jit(lambda v, x, **masks: mixer.apply(v, x, mutable=["losses", "metrics", "intermediates"], **masks))
+    _, sown = apply(variables, x, mask=valid)
     loss, entropy = (sown[kind][name][0] for kind, name in (("losses", "load_balance"), ("metrics", "router_entropy")))
     np.testing.assert_allclose(loss, 0.01 * sown["metrics"]["load_balance"][0], rtol=1e-5)
     assert 0.0 < entropy <= np.log(4) + 1e-6
-    alone = mixer.apply(variables, x[:1], mutable=["losses"])[1]["losses"]["load_balance"][0]
+    alone = apply(variables, x[:1])[1]["losses"]["load_balance"][0]
     np.testing.assert_allclose(loss, alone, rtol=1e-5)  # padding plays no part
     assert np.all(sown["intermediates"]["write_mask"][0].sum(-1) == 2)
-    router = jax.grad(lambda v: mixer.apply(v, x, mutable=["losses"])[1]["losses"]["load_balance"][0])(variables)
+    router = jax.jit(jax.grad(lambda v: mixer.apply(v, x, mutable=["losses"])[1]["losses"]["load_balance"][0]))(variables)
     assert np.any(router["params"]["router"]["kernel"])
 
 
 def test_hybrid_language_model():
-    """SSE-H: five linear layers to one of softmax attention; the cached pass equals the whole one."""
+    """SSE-H: linear layers with one of softmax attention now and then; the cached pass equals the whole one."""
     options = {"sse": {"num_partitions": 3, "chunk_size": 8}, "softmax": {"window": 9}}
-    model = LM(64, 7, DIM, 2, pattern=("sse",) * 5 + ("softmax",), mixer_options=options)
+    model = LM(64, 4, DIM, 2, pattern=("sse", "sse", "softmax"), mixer_options=options)
     tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 64)
     variables = meta.unbox(jax.jit(model.init)(jax.random.key(1), tokens))
     (want, _), sown = jax.jit(lambda t: model.apply(variables, t, mutable=["losses", "metrics"]))(tokens)
-    assert sum(leaf.size for leaf in jax.tree.leaves(sown["losses"])) == 6
+    assert sum(leaf.size for leaf in jax.tree.leaves(sown["losses"])) == 3
     step = jax.jit(lambda tokens, cache: model.apply(variables, tokens, cache=cache))
     first, cache = step(tokens[:, :9], model.init_cache(2, 12))
     rest = []
@@ -129,10 +135,10 @@ def test_under_vmap_and_in_bfloat16():
     mixer = MIXERS["sse gla"]
     x, variables = start(mixer, length=20, batch=4)
     run = applied(mixer)
-    pairs = jax.vmap(lambda x: run(variables, x)[0])(x.reshape(2, 2, 20, DIM))
+    pairs = jax.jit(jax.vmap(lambda x: mixer.apply(variables, x)[0]))(x.reshape(2, 2, 20, DIM))
     np.testing.assert_allclose(pairs.reshape(x.shape), run(variables, x)[0], atol=2e-5)
     low = mixer.clone(dtype=jnp.bfloat16)
-    y, cache = low.apply(variables, x, cache=low.init_cache(4, 20))
+    y, cache = applied(low)(variables, x, low.init_cache(4, 20))
     assert y.dtype == jnp.bfloat16 and cache.state.dtype == jnp.float32 and np.all(np.isfinite(y.astype(jnp.float32)))
 
 
@@ -173,12 +179,15 @@ def test_fields_that_do_not_fit(fields, message):
     if "chunk_size" not in fields:
         with pytest.raises(ConfigError, match=message):
             mixer.init_cache(1, 4)
+
+
+def test_unknown_activations_are_refused():
     with pytest.raises(ConfigError, match="activation = 'relu'"):
         GatedLinearAttention(dim=16, num_heads=2, q_activation="relu").init(jax.random.key(0), jnp.zeros((1, 4, 16)))
 
 
 def test_parameters_carry_logical_names():
-    params = MIXERS["sse gdn"].init(jax.random.key(0), jnp.zeros((1, 4, DIM)))["params"]
+    params = jax.eval_shape(MIXERS["sse gdn"].init, jax.random.key(0), jnp.zeros((1, 4, DIM)))["params"]
     assert params["query"]["kernel"].names == ("embed", "heads", "head_dim")
     assert params["out"]["kernel"].names == ("heads", "head_dim", "embed")
     boxes = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
@@ -208,7 +217,7 @@ def step(variables, x):
 
 want = jax.jit(step)(variables, x)
 errors = {}
-for shape in ((1, 1, 1, 8), (2, 1, 2, 2)):
+for shape in ((2, 1, 2, 2),):
     mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     with jax.set_mesh(mesh), linen.logical_axis_rules(SHARDING_RULES):
         have = jax.jit(step)(variables, x)

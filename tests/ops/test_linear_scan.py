@@ -81,7 +81,7 @@ def assert_all_equal(have, want, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=1e-4), have, want)
 
 
-CASES = [(kind, length) for kind in ("linear", "delta") for length in (1, 63, 64, 100)]
+CASES = [("linear", 1), ("linear", 63), ("linear", 64), ("delta", 63), ("delta", 100)]
 CASES += [("linear scalar", 100), ("delta channel", 100)]
 
 
@@ -144,7 +144,7 @@ def test_repeated_keys_do_not_break_the_delta_rule():
     q, k, v, _, _, _ = draw(64)
     k = jnp.broadcast_to(k[:, :1], k.shape)
     arrays = (q, k, v, jnp.zeros((B, 64, N)), jnp.ones((B, 64, N)), None)
-    out, state = call("delta", arrays, implementation="chunked")
+    out, state = jax.jit(functools.partial(call, "delta", implementation="chunked"))(arrays)
     assert_all_equal((out, state), transcription("delta", arrays), 3e-5)
 
 
@@ -162,38 +162,63 @@ def test_continues_from_its_state(kind):
 def test_rows_of_padding_and_no_tokens():
     q, k, v, g, beta, _ = draw(20)
     mask = jnp.zeros((B, 20), bool).at[0].set(True)
-    loss = lambda *a: sum(jnp.sum(x**2) for x in gated_delta_scan(*a, mask=mask))  # noqa: E731
-    out, state = gated_delta_scan(q, k, v, g, beta, mask=mask)
+
+    @jax.jit
+    def run(*arrays):
+        results, pullback = jax.vjp(lambda *a: gated_delta_scan(*a, mask=mask), *arrays)
+        return results, pullback(results)
+
+    (out, state), gradients = run(q, k, v, g[..., 0], beta)
     assert not np.any(out[1]) and not np.any(state[1]) and np.any(out[0])
-    for leaf in jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))(q, k, v, g, beta):
+    for leaf in gradients:
         assert np.all(np.isfinite(leaf)) and not np.any(leaf[1])
     for form in ("chunked", "recurrent"):
-        out, state = gated_linear_scan(q[:, :0], k[:, :0], v[:, :0], g[:, :0], implementation=form)
+        scan = jax.jit(functools.partial(gated_linear_scan, implementation=form))
+        out, state = scan(q[:, :0], k[:, :0], v[:, :0], g[:, :0])
         assert out.shape == (B, 0, N, HV) and not np.any(state)
 
 
 def test_defaults_and_types():
     q, k, v, g, _, _ = draw(30)
-    plain, _ = gated_linear_scan(q, k, v, scale=1.0)
+    plain, _ = jax.jit(functools.partial(gated_linear_scan, scale=1.0))(q, k, v)
     scores = np.tril(np.einsum("btnh,bsnh->bnts", q, k))
     np.testing.assert_allclose(plain, np.einsum("bnts,bsnv->btnv", scores, v), atol=2e-5)
     low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    out, state = gated_linear_scan(*low, g)
+    scan = jax.jit(gated_linear_scan)
+    out, state = scan(*low, g)
     assert out.dtype == jnp.bfloat16 and state.dtype == jnp.float32
-    want, _ = gated_linear_scan(*(x.astype(jnp.float32) for x in low), g)
+    want, _ = scan(*(x.astype(jnp.float32) for x in low), g)
     np.testing.assert_allclose(out.astype(jnp.float32), want, atol=0.03)
-    first, second = (gated_linear_scan(q, k, v, g)[0] for _ in range(2))
-    assert np.array_equal(first, second)
+    assert np.array_equal(scan(*low, g)[0], out)
 
 
 def test_inverse_of_unit_lower_triangles():
     lower = jnp.tril(jax.random.normal(jax.random.key(0), (3, 16, 16)) * 0.5, -1)
     want = np.linalg.inv(np.eye(16) + np.asarray(lower, np.float64))
-    np.testing.assert_allclose(chunk_scan.unit_lower_inverse(lower), want, atol=2e-5)
     ct = jax.random.normal(jax.random.key(1), lower.shape)
-    have = jax.grad(lambda x: jnp.sum(ct * chunk_scan.unit_lower_inverse(x)))(lower)
-    plain = jax.grad(lambda x: jnp.sum(ct * jnp.linalg.inv(jnp.eye(16) + x)))(lower)
-    np.testing.assert_allclose(have, np.tril(plain, -1), atol=1e-3, rtol=1e-3)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(fn, x):
+        value, pullback = jax.vjp(fn, x)
+        return value, pullback(ct)[0]
+
+    have, gradient = run(chunk_scan.unit_lower_inverse, lower)
+    _, plain = run(lambda x: jnp.linalg.inv(jnp.eye(16) + x), lower)
+    np.testing.assert_allclose(have, want, atol=2e-5)
+    np.testing.assert_allclose(gradient, np.tril(plain, -1), atol=1e-3, rtol=1e-3)
+
+
+def test_gradient_of_whole_chunks_per_channel():
+    """64 tokens and wide heads: sums of products of many axes have crashed the CPU compiler here."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (1, 256, 2, 32)) for key in keys[:3])
+    g = -jax.random.exponential(keys[3], q.shape)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(form):
+        return jax.grad(lambda *a: jnp.sum(gated_linear_scan(*a, implementation=form)[0] ** 2), argnums=(0, 1, 2, 3))(q, k, v, g)
+
+    assert_all_equal(gradients("chunked"), gradients("recurrent"), 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +274,7 @@ def sparse_delta(*arrays):
                                                implementation="varlen", **masks)
 
 chunked = dict(implementation="chunked", **masks)
+MESHES = ({"context": 8}, {"data": 2, "tensor": 2, "context": 2})
 CASES = {
     "linear": (lambda q, k, v, g, s: linear_scan.gated_linear_scan(q, k, v, g, initial_state=s, **chunked), (q, k, v, g, state)),
     "delta": (lambda q, k, v, g, b, s: linear_scan.gated_delta_scan(q, k, v, g, b, initial_state=s, **chunked),
@@ -264,10 +290,10 @@ def run(fn, arrays):
     return results, pullback(ct)
 
 worst = {}
-for name, (fn, arrays) in CASES.items():
+for number, (name, (fn, arrays)) in enumerate(CASES.items()):
     step = lambda arrays: run(fn, arrays)
     want = jax.jit(step)(arrays)
-    for sizes in ({"context": 8}, {"data": 2, "tensor": 2, "context": 2}):
+    for sizes in MESHES if name == "varlen delta" else (MESHES[number % 2],):
         mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
         with jax.set_mesh(mesh):
             compiled = jax.jit(step).lower(arrays).compile()
@@ -281,5 +307,5 @@ print(json.dumps(worst))
 def test_a_split_sequence_equals_a_whole_one(run_python):
     """Forward and backward, over 8 devices along the sequence, and along batch, heads and sequence."""
     errors = json.loads(run_python(["-c", SHARDED], devices=8, timeout=600).stdout.splitlines()[-1])
-    assert len(errors) == 10
+    assert len(errors) == 6
     assert max(errors.values()) < 1e-4, errors
