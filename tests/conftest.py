@@ -18,10 +18,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # named. What the families compute is held by tests/golden, that they train by tests/training/test_configs.py, in every run.
 LONG = {
     "models/test_biformer.py", "models/test_mavit.py",
-    "nn/test_bilevel_routing.py", "nn/test_grassmann.py", "nn/test_magnitude_aware.py", "nn/test_routing.py",
-    "nn/test_titans.py", "nn/test_vision.py",
+    "nn/test_bilevel_routing.py", "nn/test_grassmann.py", "nn/test_magnitude_aware.py",
+    "nn/test_vision.py",
     "ops/test_bilevel_routing.py", "ops/test_grassmann.py", "ops/test_magnitude_aware.py",
-    "ops/test_neural_memory.py", "ops/test_routing.py",
 }  # fmt: skip
 
 

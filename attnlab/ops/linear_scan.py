@@ -11,6 +11,7 @@ delta rule: Yang et al., 2024, arXiv 2412.06464. Implementations of both, all eq
     recurrent   one token at a time: the reference, and the quickest for single tokens
     chunked     matrix products within chunks, a scan over chunks (`attnlab.ops.chunk_scan`)
     parallel    one chunk that holds the whole sequence: [T, T] products, for short sequences and for study
+    pallas      the chunks in one kernel that carries the state in fast memory (`kernels_pallas/state_scan`), on TPU
 
 Where a mesh splits the sequence (axis `context`), every device scans its own part, states are exchanged once, and the result
 is that of one device.
@@ -85,7 +86,7 @@ def gated_linear_scan(
             that belongs to the first segment.
         mask: False = padding. Padding neither writes nor decays, and its output is zero.
         chunk_size: a power of two.
-        implementation: "recurrent", "chunked" or "parallel"; None takes the best that can (`ops.explain`).
+        implementation: "pallas", "chunked", "recurrent" or "parallel"; None takes the best that can (`ops.explain`).
 
     Returns:
         o in the type of v, and the state after the last token, float32.
@@ -293,6 +294,7 @@ def _refuse_parallel(call: ScanCall) -> str | None:
 
 
 for _op in ("gated_linear_scan", "gated_delta_scan"):
+    dispatch.register(_op, "pallas", "kernels_pallas.state_scan.implementation:IMPLEMENTATION", platforms=("tpu",))
     dispatch.register(_op, "chunked", dispatch.Implementation(_chunked, defer=_defer_chunked))
     dispatch.register(_op, "recurrent", dispatch.Implementation(_recurrent))
     dispatch.register(_op, "parallel", dispatch.Implementation(_parallel, refuse=_refuse_parallel))

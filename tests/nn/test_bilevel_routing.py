@@ -1,5 +1,7 @@
 """The module of bi-level routing attention: both variants, maps and tokens, padding, maps on request, refusals."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +21,16 @@ def layer(**fields):
     return BiLevelRoutingAttention(**{"dim": DIM, "num_heads": 2, "n_win": 2, "topk": 2, "side_dwconv": 3} | fields)
 
 
+def filled(module, x, scale=0.4):
+    """Kernels and biases larger than at initialisation, so that attention is far from uniform."""
+    rng = np.random.default_rng(1)
+    shapes = meta.unbox(jax.eval_shape(module.init, jax.random.key(0), x))
+    return jax.tree.map(lambda leaf: (scale * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
+
+
 def start(module, height=6, width=4, seed=0):
-    x = jax.random.normal(jax.random.key(seed), (2, height, width, DIM))
-    variables = meta.unbox(jax.jit(module.init)(jax.random.key(seed + 1), x))
-    # larger kernels and biases than at initialisation, so that attention is far from uniform
-    noise = iter(jax.random.split(jax.random.key(seed + 2), 20))
-    return x, jax.tree.map(lambda leaf: 20 * leaf + 0.3 * jax.random.normal(next(noise), leaf.shape), variables)
+    x = np.random.default_rng(seed).standard_normal((2, height, width, DIM)).astype(np.float32)
+    return x, filled(module, x)
 
 
 def by_hand(params, x, n_win, topk, lepe=True, ragged=False):
@@ -47,9 +53,9 @@ def by_hand(params, x, n_win, topk, lepe=True, ragged=False):
 def test_layer_from_its_equations(fields, size):
     module = layer(**fields)
     x, variables = start(module, *size)
-    y, cache = jax.jit(module.apply)(variables, x)
     ragged = module.variant == "nchw"
-    want = jax.jit(lambda p, x: by_hand(p, x, 2, 2, lepe=module.side_dwconv > 0, ragged=ragged))(variables["params"], x)
+    hand = functools.partial(by_hand, n_win=2, topk=2, lepe=module.side_dwconv > 0, ragged=ragged)
+    (y, cache), want = jax.jit(lambda v, x: (module.apply(v, x), hand(v["params"], x)))(variables, x)
     assert cache is None
     np.testing.assert_allclose(y, want, atol=1e-4)
 
@@ -58,80 +64,104 @@ def test_padding_before_the_projection():
     """auto_pad equals a larger map of zeros, whose keys are the biases; the refactored form pads later and differs."""
     module = layer(auto_pad=True)
     x, variables = start(module, 5, 7)
-    padded = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
-    y, _ = module.apply(variables, x)
-    np.testing.assert_allclose(y, layer().apply(variables, padded)[0][:, :5, :7], atol=1e-5)
-    other, _ = layer(variant="nchw").apply(variables, x)
-    assert y.shape == other.shape == x.shape and not np.allclose(y, other, atol=1e-2)
-    np.testing.assert_allclose(
-        module.apply(variables, padded)[0], layer(variant="nchw").apply(variables, padded)[0], atol=1e-5
-    )
+    padded = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+
+    @jax.jit
+    def run(variables, x, padded):
+        other = layer(variant="nchw")
+        sides = (module, x), (layer(), padded), (other, x), (module, padded), (other, padded)
+        return [m.apply(variables, x)[0] for m, x in sides]
+
+    y, zeros, later, whole, whole_later = run(variables, x, padded)
+    np.testing.assert_allclose(y, zeros[:, :5, :7], atol=1e-5)
+    assert y.shape == later.shape == x.shape and not np.allclose(y, later, atol=1e-2)
+    np.testing.assert_allclose(whole, whole_later, atol=1e-5)
 
 
 def test_tokens_are_maps_row_by_row():
     module = layer(causal=False, grid=(6, 4))
     x, variables = start(module)
-    want, _ = layer().apply(variables, x)
-    y, cache = module.apply(variables, x.reshape(2, 24, DIM), positions=jnp.arange(24)[None])
-    assert cache is None
-    np.testing.assert_array_equal(y, want.reshape(2, 24, DIM))
     square = x[:, :4]
-    y, _ = layer(causal=False).apply(variables, square.reshape(2, 16, DIM))
-    np.testing.assert_array_equal(y, layer().apply(variables, square)[0].reshape(2, 16, DIM))
+
+    @jax.jit
+    def run(variables, x, square):
+        tokens, cache = module.apply(variables, x.reshape(2, 24, DIM), positions=np.arange(24)[None])
+        assert cache is None
+        whole = layer(causal=False).apply(variables, square.reshape(2, 16, DIM))[0]
+        return (tokens, whole), [layer().apply(variables, x)[0] for x in (x, square)]
+
+    for tokens, maps in zip(*run(variables, x, square), strict=True):
+        np.testing.assert_allclose(tokens, maps.reshape(tokens.shape), atol=1e-6)
 
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_maps_are_sown_on_request(soft):
     module = layer(capture_attention=True, soft_routing=soft, side_dwconv=0)
     x, variables = start(module)
-    (y, _), sown = module.apply(variables, x, mutable=["intermediates"])
+    (y, _), sown = jax.jit(lambda v, x: module.apply(v, x, mutable=["intermediates"]))(variables, x)
     sown = sown["intermediates"]
-    weights = sown["attention"][0]
+    weights = np.asarray(sown["attention"][0])
     assert weights.shape == (2, 2, 24, 24) and sown["route_index"][0].shape == (2, 4, 2)
     np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-5)
     region = (np.arange(24) // 4 // 3) * 2 + np.arange(24) % 4 // 2
-    chosen = np.asarray(jax.nn.one_hot(sown["route_index"][0], 4).sum(2) > 0)
-    assert not np.any(np.asarray(weights)[np.broadcast_to(~chosen[:, None, region][..., region], weights.shape)])
+    chosen = (np.asarray(sown["route_index"][0])[..., None] == np.arange(4)).any(2)
+    assert not np.any(weights[np.broadcast_to(~chosen[:, None, region][..., region], weights.shape)])
     if not soft:
         p = variables["params"]
-        v = jnp.einsum("btd,dnh->btnh", x.reshape(2, 24, DIM), p["value"]["kernel"]) + p["value"]["bias"]
-        want = jnp.einsum("bnts,bsnh,nhd->btd", weights, v, p["out"]["kernel"]) + p["out"]["bias"]
+        v = np.einsum("btd,dnh->btnh", x.reshape(2, 24, DIM), p["value"]["kernel"]) + p["value"]["bias"]
+        want = np.einsum("bnts,bsnh,nhd->btd", weights, v, p["out"]["kernel"]) + p["out"]["bias"]
         np.testing.assert_allclose(y.reshape(2, 24, DIM), want, atol=1e-4)
-    assert "intermediates" not in module.apply(variables, x, mutable=["losses"])[1]
+    assert "intermediates" not in jax.eval_shape(lambda v: module.apply(v, x, mutable=["losses"])[1], variables)
     for fields, size in (({"auto_pad": True}, (5, 4)), ({"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 2}, (4, 4))):
         other = layer(capture_attention=True, side_dwconv=0, **fields)
-        _, sown = other.apply(variables, jnp.ones((1, *size, DIM)), mutable=["intermediates"])
+        image = np.ones((1, *size, DIM), np.float32)
+        _, sown = jax.eval_shape(lambda v, x, m=other: m.apply(v, x, mutable=["intermediates"]), variables, image)
         assert set(sown["intermediates"]) == {"route_index", "route_weight"}
 
 
 def test_gradients_of_the_router():
     """With one key per query there is nothing for queries to learn; with weighted regions there is, if gradients may flow."""
 
-    def gradient(**fields):
-        module = layer(n_win=4, side_dwconv=0, **fields)
-        x, variables = start(module, 4, 4)
-        loss = jax.jit(jax.grad(lambda v: jnp.sum(module.apply(v, x)[0] ** 2)))
-        return loss(variables)["params"]["query"]["kernel"]
+    x, variables = start(layer(n_win=4, side_dwconv=0), 4, 4)
 
-    for fields in ({}, {"soft_routing": True, "diff_routing": True}):
-        np.testing.assert_allclose(gradient(topk=1, **fields), 0.0, atol=1e-5)  # one region of one token: its weight is 1
-    held, free = (gradient(topk=2, soft_routing=True, diff_routing=diff) for diff in (False, True))
+    @jax.jit
+    def run(variables):
+        def gradient(topk, **fields):
+            module = layer(n_win=4, side_dwconv=0, topk=topk, **fields)
+            return jax.grad(lambda v: jnp.sum(module.apply(v, x)[0] ** 2))(variables)["params"]["query"]["kernel"]
+
+        soft = [gradient(2, soft_routing=True, diff_routing=diff) for diff in (False, True)]
+        return gradient(1), gradient(1, soft_routing=True, diff_routing=True), soft
+
+    *nothing, (held, free) = run(variables)
+    for gradient in nothing:
+        np.testing.assert_allclose(gradient, 0.0, atol=1e-5)  # one region of one token: its weight is 1
     assert np.any(held) and not np.allclose(held, free, atol=1e-3)
 
 
 def test_under_transformations():
     module = layer()
     x, variables = start(module)
-    want, _ = module.apply(variables, x)
-    over_batch = jax.vmap(lambda x: module.apply(variables, x[None])[0][0])(x)
-    np.testing.assert_allclose(over_batch, want, atol=1e-5)
     kept = linen.remat(BiLevelRoutingAttention)(dim=DIM, num_heads=2, n_win=2, topk=2, side_dwconv=3)
-    loss = lambda m: jax.jit(jax.grad(lambda v: jnp.mean(m.apply(v, x)[0] ** 2)))(variables)  # noqa: E731
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), loss(kept), loss(module))
-    bridged = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x)
-    assert bridged(x)[0].shape == x.shape and {"query", "key", "value", "out", "lepe"} <= set(nnx.state(bridged, nnx.Param))
-    low = layer(dtype=jnp.bfloat16).apply(variables, x)[0]
-    assert low.dtype == jnp.bfloat16
+
+    @jax.jit
+    def run(variables, x):
+        whole = lambda v, m=module: m.apply(v, x)[0]  # noqa: E731
+        each = jax.vmap(lambda x: module.apply(variables, x[None])[0][0])(x)
+        gradients = [jax.grad(lambda v, m=m: jnp.mean(whole(v, m) ** 2))(variables) for m in (kept, module)]
+        return each, whole(variables), *gradients
+
+    each, want, *gradients = run(variables, x)
+    np.testing.assert_allclose(each, want, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *gradients)
+
+    def bridged(x):
+        module_nnx = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x)
+        assert {"query", "key", "value", "out", "lepe"} <= set(nnx.state(module_nnx, nnx.Param))
+        return module_nnx(x)[0]
+
+    assert jax.eval_shape(bridged, x).shape == x.shape
+    assert jax.eval_shape(layer(dtype=jnp.bfloat16).apply, variables, x)[0].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(("fields", "shape", "message"), [
@@ -149,19 +179,22 @@ def test_under_transformations():
 ])  # fmt: skip
 def test_bad_input(fields, shape, message):
     with pytest.raises(ConfigError, match=message):
-        jax.eval_shape(layer(**fields).init, jax.random.key(0), jnp.zeros(shape))
+        jax.eval_shape(layer(**fields).init, jax.random.key(0), np.zeros(shape, np.float32))
 
 
 def test_what_a_map_does_not_have():
-    x = jnp.zeros((1, 4, 4, DIM))
-    variables = layer().init(jax.random.key(0), x)
-    for name, value in (("mask", jnp.ones((1, 16), bool)), ("segment_ids", jnp.ones((1, 16), jnp.int32)), ("cache", {})):
+    x = np.zeros((1, 4, 4, DIM), np.float32)
+
+    def apply(module=None, **arguments):
+        jax.eval_shape(lambda v: (module or layer()).apply(v, x, **arguments), filled(layer(), x))
+
+    for name, value in (("mask", np.ones((1, 16), bool)), ("segment_ids", np.ones((1, 16), np.int32)), ("cache", {})):
         with pytest.raises(ConfigError, match=f"{name} with bilevel_routing"):
-            layer().apply(variables, x, **{name: value})
+            apply(**{name: value})
     with pytest.raises(ConfigError, match="Use a causal mixer to decode"):
         layer().init_cache(1, 8)
     with pytest.raises(NotImplementedError, match="diff_routing without soft_routing"):
-        layer(diff_routing=True).apply(variables, x)
+        apply(layer(diff_routing=True))
     assert registry.get("mixer", "bilevel_routing") is BiLevelRoutingAttention
 
 
@@ -179,8 +212,10 @@ from flax.core import meta
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from attnlab.nn.bilevel_routing import BiLevelRoutingAttention
 module = BiLevelRoutingAttention(dim=16, num_heads=4, n_win=2, topk=2, side_dwconv=3)
-x = jax.random.normal(jax.random.key(0), (4, 6, 6, 16))
-variables = jax.tree.map(lambda leaf: 20 * leaf, meta.unbox(module.init(jax.random.key(1), x)))
+rng = np.random.default_rng(0)
+x = rng.standard_normal((4, 6, 6, 16)).astype(np.float32)
+shapes = meta.unbox(jax.eval_shape(module.init, jax.random.key(1), x))
+variables = jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
 f = lambda v, x: jax.value_and_grad(lambda v: jnp.mean(module.apply(v, x)[0] ** 2))(v)
 want = jax.jit(f)(variables, x)
 mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)

@@ -32,7 +32,7 @@ def test_presets_are_valid(name):
         validate(cli.load_config(os.fspath(target)))
 
 
-@pytest.mark.parametrize("name", ("grassmann.py", "lm.py", "sinklora.py"))
+@pytest.mark.parametrize("name", FILES)
 def test_smoke_preset_trains_and_is_evaluated(name, run_python, corpus, cache_dir, tmp_path):
     fields = {"num_train_steps": 4, "log_every_steps": 2, "eval_every_steps": 4, "checkpoint_every_steps": 4, "eval_batches": 1}
     fields["optimizer.warmup_steps"] = 1
