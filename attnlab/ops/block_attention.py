@@ -17,8 +17,9 @@ from attnlab.ops.attention import MASKED, AttentionCall, attend, make_call
 from attnlab.ops.block_index import BlockIndex, check, to_mask
 from attnlab.types import Array, Bool, Float, Int, Window
 
-# Bytes of scores that the gather form holds at a time.
-_CHUNK_BYTES = 32 * 2**20
+# Bytes of scores that the gather form holds at a time: what stays in a CPU's cache, and what fills an accelerator.
+_CHUNK_BYTES = {"cpu": 2 * 2**20}
+_CHUNK_BYTES_ELSEWHERE = 32 * 2**20
 
 
 def block_attention(
@@ -103,7 +104,7 @@ def attend_listed(call: AttentionCall, blocks: BlockIndex, chunk: int | None = N
     Args:
         call: the call.
         blocks: its block list.
-        chunk: query blocks at a time; the default holds 32 MiB of scores.
+        chunk: query blocks at a time; the default holds 2 MiB of scores on a CPU, 32 MiB elsewhere.
     """
     index, block_q, block_kv = blocks
     batch, length, heads, width = call.q.shape
@@ -113,7 +114,8 @@ def attend_listed(call: AttentionCall, blocks: BlockIndex, chunk: int | None = N
     # One gathered set of keys per key/value head, or per query head where every query head has its own list.
     sets = heads if groups == heads else kv_heads
     if chunk is None:
-        chunk = max(_CHUNK_BYTES // (4 * batch * heads * block_q * listed * block_kv), 1)
+        held = _CHUNK_BYTES.get(dispatch.target_platform(), _CHUNK_BYTES_ELSEWHERE)
+        chunk = max(held // (4 * batch * heads * block_q * listed * block_kv), 1)
     chunk = min(chunk, rows)
     count = -(-rows // chunk)
 
