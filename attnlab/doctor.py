@@ -34,6 +34,7 @@ class Case:
         shape: (B, T, S, N, K, H).
         options: keyword arguments; a function of (B, T, S) where they hold arrays.
         reference: the implementation to compare with.
+        call: (op, q, k, v, **options) to the result, where that is more than `op(q, k, v, **options)`.
     """
 
     op: str
@@ -41,6 +42,7 @@ class Case:
     shape: tuple[int, int, int, int, int, int]
     options: Callable[[int, int, int], dict[str, Any]]
     reference: str = "xla"
+    call: Callable[..., Any] = lambda op, *arrays, **options: op(*arrays, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +91,54 @@ def _listed(batch: int, length: int, keys: int) -> dict[str, Any]:
     return {"block_index": index, "block_q": 128, "block_kv": 128, "causal": True}
 
 
+def _gates(batch: int, length: int, heads: int, *, width: int | None = None) -> Any:
+    """Log decays [B, T, N] or [B, T, N, H] float32, between 0 and -1."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    shape = (batch, length, heads) if width is None else (batch, length, heads, width)
+    return jnp.asarray(-np.random.default_rng(7).random(shape), jnp.float32)
+
+
+def _linear_scan(op: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
+    batch, length, heads, width = q.shape
+    return op(q, k, v, _gates(batch, length, heads, width=width), **options)[0]
+
+
+def _delta_scan(op: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
+    from attnlab.ops.linear_scan import l2_normalize
+
+    gates = _gates(*q.shape[:3])
+    return op(q, l2_normalize(k), v, gates, 0.5 - 0.5 * gates, **options)[0]
+
+
+def _sparse_states(op: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
+    from attnlab.ops.sparse_state import route
+
+    gates = _gates(*q.shape[:3])
+    routing = route(_gates(*q.shape[:2], 4) * 8.0, 1, 1)
+    return op(q, 0.5 * q, k, 0.5 * k, v, gates, 0.5 * gates, routing, **options)[0]
+
+
+def _memory(op: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
+    import jax.numpy as jnp
+
+    from attnlab.ops.linear_scan import l2_normalize
+
+    gates = -_gates(*q.shape[:3])
+    weights = [0.1 * jnp.broadcast_to(jnp.eye(q.shape[-1]), (q.shape[2], q.shape[-1], q.shape[-1]))] * 2
+    return op(q, l2_normalize(k), v, 0.05 * gates, 0.5 * gates, 0.1 * gates, weights, **options).y
+
+
+def _regions(op: Any, *arrays: Any, **options: Any) -> Any:
+    image = [x.reshape(x.shape[0], 8, -1, *x.shape[2:]) for x in arrays]
+    return op(*image, n_win=4, topk=3, **options)[0].reshape(arrays[0].shape)
+
+
 def cases() -> list[Case]:
     """The calls that are tried."""
     plain, grouped = (1, 130, 130, 2, 2, 64), (2, 130, 150, 4, 2, 32)
+    ragged, nothing = (2, 70, 70, 2, 2, 16), lambda *_: {}
     return [
         Case("softmax_attention", "causal", plain, lambda *_: {"causal": True}),
         Case("softmax_attention", "segments, padding, groups", grouped, _masked),
@@ -99,6 +146,12 @@ def cases() -> list[Case]:
         Case("sigmoid_attention", "segments, padding, groups", grouped, lambda *s: {**_masked(*s), "bias": -4.0}),
         Case("block_attention", "softmax, causal", (1, 200, 300, 2, 1, 64), _listed, "xla_dense"),
         Case("topk_attention", "16 keys, causal", plain, lambda *_: {"causal": True, "top_k": 16}, "xla_dense"),
+        Case("shifted_attention", "sinks", (1, 64, 64, 4, 2, 32), lambda *_: {"group_size": 16, "num_sinks": 4}, "xla_dense"),
+        Case("bilevel_routing_attention", "8 x 8 map", (2, 64, 64, 2, 2, 16), nothing, "gather", _regions),
+        Case("gated_linear_scan", "decay per channel", ragged, lambda *_: {"chunk_size": 16}, "recurrent", _linear_scan),
+        Case("gated_delta_scan", "decay per head", ragged, lambda *_: {"chunk_size": 16}, "recurrent", _delta_scan),
+        Case("sparse_state_attention", "1 of 4", ragged, lambda *_: {"chunk_size": 16}, "recurrent", _sparse_states),
+        Case("neural_memory", "two layers", ragged, lambda *_: {"chunk_size": 16}, "xla_recurrent", _memory),
     ]
 
 
@@ -159,7 +212,7 @@ def _try(case: Case, name: str, dtype: str, foreign: bool) -> Row:
     options = case.options(batch, length, keys)
 
     def run(implementation, *arrays):
-        out, pullback = jax.vjp(lambda *x: _op(case.op)(*x, implementation=implementation, **options), *arrays[:3])
+        out, pullback = jax.vjp(lambda *x: case.call(_op(case.op), *x, implementation=implementation, **options), *arrays[:3])
         return out, *pullback(arrays[3])
 
     shapes = [(batch, length, heads, width), *[(batch, keys, kv_heads, width)] * 2, (batch, length, heads, width)]

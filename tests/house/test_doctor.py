@@ -16,6 +16,9 @@ def test_the_command_on_a_cpu(run_python):
     ran = {(row["op"], row["implementation"]) for row in rows if row["status"] == "ok"}
     for op in ("softmax_attention", "sigmoid_attention", "block_attention", "topk_attention"):
         assert (op, "xla") in ran
+    families = {("gated_linear_scan", "chunked"), ("sparse_state_attention", "varlen"), ("neural_memory", "xla_chunked")}
+    assert families | {("shifted_attention", "grouped"), ("bilevel_routing_attention", "blocks")} <= ran
+    assert not any("no case" in row["note"] for row in rows)
     elsewhere = {row["implementation"]: row["note"] for row in rows if row["status"] == "elsewhere"}
     assert elsewhere["triton"] == "runs on gpu" and elsewhere["pallas"] == "runs on tpu"
 
