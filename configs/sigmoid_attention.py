@@ -1,7 +1,7 @@
 """Sigmoid self-attention (arXiv 2409.04431): element-wise sigmoid with the bias -ln n in place of the softmax.
 
     python train.py --config=configs/sigmoid_attention.py:small --workdir=runs/sigmoid      # two CPU cores, some minutes
-    python train.py --config=configs/sigmoid_attention.py:1b --aot=tpu:v5e:16x16            # does it fit? No hardware needed
+    python train.py --config=configs/sigmoid_attention.py:1b --aot=tpu:v5e:16x16            # it fits; no hardware needed
     python benchmarks/sigmoid_norm.py                                                       # the bias against none
 
 Presets (`--config=configs/sigmoid_attention.py:NAME`):

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/titans.py:smoke --workdir=runs/titans_smoke
     python train.py --config=configs/titans.py:mac --workdir=runs/titans_mac        # accelerators; see below
-    python train.py --config=configs/titans.py:mac-340m --aot=tpu:v5e:16x16         # does it fit? no hardware needed
+    python train.py --config=configs/titans.py:mac-340m --aot=tpu:v5e:8x16          # does it fit? no hardware needed
 
 Presets (`--config=configs/titans.py:NAME`):
     lmm, mac, mag, mal     the paper's recipe at 340M parameters (the default is mac): T = 4096, 0.5M tokens per step, 15B tokens,

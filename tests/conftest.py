@@ -14,24 +14,6 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Whole grids of settings of the families still in the making, an hour and more on two cores: with --long, or when a file is
-# named. What the families compute is held by tests/golden, that they train by tests/training/test_configs.py, in every run.
-LONG = {
-    "models/test_biformer.py", "models/test_mavit.py",
-    "nn/test_bilevel_routing.py", "nn/test_grassmann.py", "nn/test_magnitude_aware.py",
-    "nn/test_vision.py",
-    "ops/test_bilevel_routing.py", "ops/test_grassmann.py", "ops/test_magnitude_aware.py",
-}  # fmt: skip
-
-
-def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="also the long grids of the families in the making")
-
-
-def pytest_ignore_collect(collection_path, config):
-    name = "/".join(collection_path.parts[-2:])
-    if name in LONG and not config.getoption("--long") and not any(name in argument for argument in config.args):
-        return True
 
 
 @pytest.fixture(autouse=True)

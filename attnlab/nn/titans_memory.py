@@ -191,13 +191,7 @@ class TitansMixer(nn.Module):
                 (conv_width, 3, heads, width), (None, None, "heads", "head_dim"), conv_width**-0.5, name="memory_conv", **types
             )()
         weights = tuple(
-            Kernel(
-                shape,
-                (None, "embed", "mlp") if i % 2 == 0 else (None, "mlp", "embed"),
-                shape[1] ** -0.5,
-                name=f"memory_w{i}",
-                **types,
-            )()
+            Kernel(shape, ("heads", None, None), shape[1] ** -0.5, name=f"memory_w{i}", **types)()
             for i, shape in enumerate(self.memory_shapes())
         )
         return MemoryParameters(project, gate, bias, filters, weights)
