@@ -32,6 +32,15 @@ def compile_quickly(request):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Thousands of compiled programs would fill the memory by the end of the run."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory) -> pathlib.Path:
     """One folder for prepared data sets and compiled programs, shared by the processes that tests start."""
