@@ -1,91 +1,103 @@
 """Does routing recall what lies beyond the local window? The small experiment of the Routing Transformer.
 
-    python benchmarks/routing_recall.py                 # some minutes on two CPU cores
-    python benchmarks/routing_recall.py --steps=600 --models=routing,local
+    python benchmarks/routing_recall.py                          # five models, three seeds: some five minutes on a free CPU core
+    python benchmarks/routing_recall.py --models=routing,local --seeds=1
 
-Rows of 512 tokens. The first half holds pairs (value, key): each of 32 keys has a random value in every row and is shown four
-times. Later, at least 64 positions after the last pair, keys appear alone. At every key the model must say its value; in the
-first half that is the token before, and only the later keys, the queries, count in the accuracy.
-Two layers of four heads; the first has local heads (blocks of 16 and a flange of 16), the second differs:
+A row begins with pairs (value, key): every key has a random value in every row and is shown a few times. Then comes a gap
+longer than what local heads reach, and after it keys alone, the queries. At every query the model must say the key's value,
+which is far beyond the window ("far"); the loss counts these alone. "near" is the accuracy at the keys in pairs, where the value
+is the token before: untrained unless --near_weight says so.
+Two layers of four heads. In the first every token sees itself and the token before, in all models. The second differs:
 
     local    local heads alone
-    routing  2 local heads and 2 routed ones, 16 clusters of 32, centroids learned online
+    routing  2 local heads and 2 routed ones, their centroids learned online, by the published rule
     causal   the same by the strictly causal rule
     random   the same with fixed random members
-    full     2 local heads and 2 that see everything (one cluster of 512)
+    full     2 local heads and 2 that see everything (one cluster of the whole row)
 
-Printed at the end: accuracy on fresh rows (chance is 1/16), and for the routed models the share of full attention's mass (with the
-same weights) that lies on keys of a query's own clusters, beside that of its 32 largest keys, the best that so many can do.
-The last line is JSON.
+Printed and written at the end: accuracy on fresh rows, and for the routed models the share of full attention's mass (with
+the same weights) that lies on keys of a query's own clusters ("mass"), beside that of as many largest keys as a cluster has
+places, the best possible ("top W").
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import math
 import pathlib
+import statistics
 import sys
 import time
 
+import crossover
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
+from attnlab.analysis import charts, page
 from attnlab.methods.task import LossAux
 from attnlab.models.lm import LM, attention_maps
 from attnlab.training.step import init_state, make_train_step
 
-LENGTH, KEYS, VALUES, SHOWN, QUERIES = 512, 32, 16, 4, 64
-FIRST_QUERY = 2 * KEYS * SHOWN + 64
-FILLER = KEYS + VALUES
-WINDOW, CLUSTERS, BLOCK = 32, 16, 16
-ROUTED = {"routing_heads": 2, "num_clusters": CLUSTERS, "cluster_size": WINDOW}
-SECOND = {
-    "local": {"routing_heads": 0},
-    "routing": ROUTED,
-    "causal": ROUTED | {"rule": "causal"},
-    "random": ROUTED | {"rule": "random"},
-    "full": {"routing_heads": 2, "num_clusters": 1, "cluster_size": LENGTH},
-}
-
-
-def draw(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
-    """Returns `inputs` and `targets` [rows, 512] int32, `mask`, True at every key, and `query`, True at the queries."""
-    inputs = np.full((rows, LENGTH), FILLER, np.int32)
-    targets, query = np.zeros((rows, LENGTH), np.int32), np.zeros((rows, LENGTH), bool)
-    for row in range(rows):
-        values = rng.integers(0, VALUES, KEYS)
-        keys = rng.permutation(np.repeat(np.arange(KEYS), SHOWN))
-        inputs[row, 0 : 2 * keys.size : 2] = KEYS + values[keys]
-        inputs[row, 1 : 2 * keys.size : 2] = keys
-        at = rng.choice(np.arange(FIRST_QUERY, LENGTH), QUERIES, replace=False)
-        asked = rng.integers(0, KEYS, QUERIES)
-        inputs[row, at], query[row, at] = asked, True
-        targets[row] = KEYS + values[np.minimum(inputs[row], KEYS - 1)]
-    return {"inputs": inputs, "targets": targets, "mask": inputs < KEYS, "query": query}
+MODELS = ("local", "routing", "causal", "random", "full")
+CHUNK = 25  # steps in one compiled call
 
 
 class Recall:
-    """Cross-entropy at the keys."""
+    """The rows, the models and the loss: cross-entropy at the keys."""
 
-    def __init__(self, second: dict, dim: int):
-        shared = {"mixer": "routing", "block": BLOCK, "decay": 0.99}
+    def __init__(self, options: argparse.Namespace, second: str):
+        routed = {"routing_heads": 2, "num_clusters": options.clusters, "cluster_size": options.window}
+        variants = {
+            "local": {"routing_heads": 0},
+            "routing": routed,
+            "causal": routed | {"rule": "causal"},
+            "random": routed | {"rule": "random"},
+            "full": {"routing_heads": 2, "num_clusters": 1, "cluster_size": options.length},
+        }
+        # Relative positions in clusters count places, which say nothing here: without them "full" is plain attention.
+        shared = {"mixer": "routing", "block": options.block, "decay": options.decay, "cluster_relative": False}
+        self.options = options
+        self.filler = options.keys + options.values
         self.model = LM(
-            vocab_size=FILLER + 1,
+            vocab_size=self.filler + 1,
             num_layers=2,
-            dim=dim,
+            dim=options.dim,
             num_heads=4,
             pattern=("first", "second"),
-            mixer_options={"first": shared | {"routing_heads": 0}, "second": shared | second},
+            mixer_options={"first": {"mixer": "softmax", "window": 1}, "second": shared | variants[second]},
+            # Small branches at first: tokens of one key begin alike, which routing needs, as a token also sees itself.
+            layer_scale=0.1,
             tie_embeddings=False,
+            scan_layers=False,
         )
+
+    def rows(self, rng: jax.Array, count: int) -> dict[str, jax.Array]:
+        """Returns `inputs`, `targets` [count, T] int32, and `near`, `far` [count, T] bool: keys in pairs, and queries."""
+        options = self.options
+        shown = jnp.repeat(jnp.arange(options.keys), options.shown)
+
+        def one(rng):
+            of_values, of_keys, of_queries = jax.random.split(rng, 3)
+            values = options.keys + jax.random.randint(of_values, (options.keys,), 0, options.values)
+            keys = jax.random.permutation(of_keys, shown)
+            pairs = jnp.stack([values[keys], keys], axis=1).reshape(-1)
+            queries = jax.random.randint(of_queries, (options.queries,), 0, options.keys)
+            gap = jnp.full(options.length - pairs.size - options.queries, self.filler)
+            inputs = jnp.concatenate([pairs, gap, queries])
+            return inputs, values[jnp.minimum(inputs, options.keys - 1)]
+
+        inputs, targets = jax.vmap(one)(jax.random.split(rng, count))
+        late = jnp.arange(options.length) >= options.length - options.queries
+        return {"inputs": inputs, "targets": targets, "near": (inputs < options.keys) & ~late, "far": (inputs < options.keys) & late}
 
     def init(self, rng):
         """Variables without what is sown."""
-        variables = self.model.init(rng, jnp.zeros((1, LENGTH), jnp.int32))
+        variables = self.model.init(rng, jnp.zeros((1, self.options.length), jnp.int32))
         return {name: tree for name, tree in variables.items() if name in ("params", "centroids")}
 
     def loss(self, params, collections, batch, rng):
@@ -95,79 +107,159 @@ class Recall:
             {"params": params, **collections}, batch["inputs"], mutable=[*collections, "losses"], deterministic=False
         )
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        weight = jnp.sum(batch["mask"].astype(jnp.float32))
-        loss = jnp.sum(nats * batch["mask"]) / weight
+        weight = batch["far"] + self.options.near_weight * batch["near"]
+        loss = jnp.sum(nats * weight) / jnp.sum(weight)
+        right = jnp.argmax(logits, -1) == batch["targets"]
+        accuracy = {name: jnp.sum(right & batch[name]) / jnp.sum(batch[name]) for name in ("near", "far")}
         auxiliary = sum((jnp.sum(leaf) for leaf in jax.tree.leaves(new.get("losses", {}))), jnp.float32(0))
         kept = {name: new[name] for name in collections}
-        far = jnp.sum(nats * batch["query"]) / jnp.sum(batch["query"])
-        return loss + auxiliary, LossAux(weight=weight, metrics={"loss": loss, "query_loss": far}, collections=kept)
+        return loss + auxiliary, LossAux(weight=jnp.sum(weight), metrics={"loss": loss, **accuracy}, collections=kept)
 
 
-def train(name: str, steps: int, batch: int, dim: int, seed: int) -> dict[str, float]:
-    """Trains one model and returns its figures."""
-    task, rng = Recall(SECOND[name], dim), np.random.default_rng(seed)
-    schedule = optax.cosine_onecycle_schedule(steps, 5e-3, pct_start=0.1)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.0))
-    state = jax.jit(lambda: init_state(task, tx, jax.random.key(seed), ema=False))()
-    step = jax.jit(make_train_step(task, tx, schedule, seed=seed), donate_argnums=0)
-    start = time.perf_counter()
-    for number in range(steps):
-        state, metrics = step(state, draw(rng, batch))
-        if number % max(steps // 10, 1) == 0:
-            told = f"loss {float(metrics['loss']):.3f}, at queries {float(metrics['query_loss']):.3f}"
-            print(f"{name:8} step {number:5} {told} {time.perf_counter() - start:6.1f} s", flush=True)
-    variables = {"params": state.params, **state.collections}
-    predict = jax.jit(lambda variables, inputs: jnp.argmax(task.model.apply(variables, inputs)[0], -1))
-    fresh = [draw(np.random.default_rng(10_000 + i), batch) for i in range(8)]
-    right = [(np.asarray(predict(variables, one["inputs"])) == one["targets"])[one["query"]] for one in fresh]
-    figures = {"accuracy": float(np.mean(right)), "loss": float(metrics["query_loss"]), "seconds": time.perf_counter() - start}
-    return figures if name in ("local", "full") else figures | mass(task, dim, variables, fresh[0])
+class Trainer:
+    """One model: its compiled parts serve all seeds."""
+
+    def __init__(self, name: str, options: argparse.Namespace):
+        self.name, self.options, self.task = name, options, Recall(options, name)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, options.rate, max(options.steps // 10, 1), options.steps)
+        tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.0))
+        step = make_train_step(self.task, tx, schedule, seed=0)
+
+        def chunk(state, rng):
+            def one(state, _):
+                return step(state, self.task.rows(jax.random.fold_in(rng, state.step), options.batch))
+
+            return jax.lax.scan(one, state, None, length=CHUNK)
+
+        self.init = jax.jit(lambda rng: init_state(self.task, tx, rng, ema=False))
+        self.chunk = jax.jit(chunk, donate_argnums=0)
+        self.test = jax.jit(lambda params, collections, batch: self.task.loss(params, collections, batch, None)[1].metrics)
+        self.fresh = self.task.rows(jax.random.key(12345), 64)
+
+    def run(self, seed: int) -> dict:
+        """Trains from one seed; returns its figures and the course of the accuracy at the queries."""
+        begin = time.perf_counter()
+        state = self.init(jax.random.key(seed))
+        course = []
+        for first in range(0, self.options.steps, CHUNK):
+            state, metrics = self.chunk(state, jax.random.key(1000 + seed))
+            course.append((first + CHUNK, float(metrics["far"][-10:].mean())))
+            if (first // CHUNK) % 4 == 3 or first + CHUNK >= self.options.steps:
+                told = ", ".join(f"{key} {float(metrics[key][-10:].mean()):.3f}" for key in ("loss", "near", "far"))
+                print(f"{self.name:8} seed {seed} step {first + CHUNK:5}: {told} ({time.perf_counter() - begin:.0f} s)", flush=True)
+        final = self.test(state.params, state.collections, self.fresh)
+        figures = {name: float(final[name]) for name in ("near", "far")}
+        if self.name not in ("local", "full"):
+            figures |= self.mass(state.params, state.collections)
+        return figures | {"seconds": time.perf_counter() - begin, "course": course}
+
+    def mass(self, params, collections) -> dict[str, float]:
+        """Share of full attention at the queries that lies on keys of their clusters, and on their W largest keys."""
+        full = Recall(self.options, "full")
+        width = self.options.dim // 4
+        empty = {"means": jnp.zeros((2, 1, width)), "counts": jnp.zeros((2, 1)), "sums": jnp.zeros((2, 1, width))}
+        centroids = {"layers_0": {"blocks_1": {"mixer": {"routing": empty}}}}
+        few = jax.tree.map(lambda leaf: leaf[:8], self.fresh)
+
+        def weights(model, variables):
+            model = model.clone(capture_attention=True)
+            capture = jax.jit(lambda variables: model.apply(variables, few["inputs"], mutable=["intermediates"])[1])
+            sown = capture(variables)["intermediates"]
+            return np.asarray(attention_maps(model, sown)[1][:, :2])  # the routed heads come first
+
+        dense = weights(full.model, {"params": params, "centroids": centroids})
+        routed = weights(self.task.model, {"params": params, **collections})
+        at = np.broadcast_to(np.asarray(few["far"])[:, None], dense.shape[:3])
+        dense, routed = dense[at] / dense[at].sum(-1, keepdims=True), routed[at]
+        largest = np.sort(dense, axis=-1)[:, -self.options.window :].sum(-1)
+        return {"mass": float((dense * (routed > 0)).sum(-1).mean()), "top W": float(largest.mean())}
 
 
-def mass(task: Recall, dim: int, variables: dict, batch: dict) -> dict[str, float]:
-    """Share of full attention at the queries that lies on keys of their clusters, and on their largest keys."""
-    full = Recall(SECOND["full"], dim)
-    one = {"means": (2, 1, dim // 4), "counts": (2, 1), "sums": (2, 1, dim // 4)}
-    empty = {"layers": {"blocks_1": {"mixer": {"routing": {name: jnp.zeros((1, *shape)) for name, shape in one.items()}}}}}
-
-    def weights(model, variables):
-        model = model.clone(capture_attention=True)
-
-        def capture(variables, inputs):
-            _, sown = model.apply(variables, inputs, mutable=["intermediates"])
-            return attention_maps(model, sown["intermediates"])[1][:, :2]  # the routed heads come first
-
-        return np.asarray(jax.jit(capture)(variables, batch["inputs"]))
-
-    dense = weights(full.model, {"params": variables["params"], "centroids": empty})
-    routed = weights(task.model, variables)
-    at = np.broadcast_to(batch["query"][:, None], dense.shape[:3])
-    dense, routed = dense[at] / dense[at].sum(-1, keepdims=True), routed[at]
-    largest = np.sort(dense, axis=-1)[:, -WINDOW:].sum(-1)
-    return {"mass": float((dense * (routed > 0)).sum(-1).mean()), "best_mass": float(largest.mean())}
+def report(options: argparse.Namespace, results: dict[str, list[dict]]) -> None:
+    """Prints the table and writes it, the figures and the picture beside the other results."""
+    chance = 1.0 / options.values
+    rows = []
+    for name, seeds in results.items():
+        row: dict = {"second layer": name}
+        for key in ("far", "near", "mass", "top W"):
+            if key in seeds[0]:
+                row[key] = statistics.mean(one[key] for one in seeds)
+        row["far, each seed"] = ", ".join(f"{one['far']:.3f}" for one in seeds)
+        row["s / seed"] = statistics.mean(one["seconds"] for one in seeds)
+        rows.append(row)
+    columns = {"second layer": "", "far": ".3f", "far, each seed": ""}
+    columns |= {"near": ".3f", "mass": ".3f", "top W": ".3f", "s / seed": ".0f"}
+    table = crossover.show(rows, columns)
+    device, today = jax.devices()[0].device_kind, datetime.date.today().isoformat()
+    versions = {"python": sys.version.split()[0], "jax": jax.__version__, "flax": flax.__version__}
+    command = "python benchmarks/" + " ".join(["routing_recall.py", *sys.argv[1:]])
+    about = {"date": today, "device": device, **versions, "command": command}
+    sizes = {key: value for key, value in vars(options).items() if key not in ("out", "models")}
+    sizes["seeds"] = len(next(iter(results.values())))
+    lines = []
+    for colour, name in enumerate(name for name in ("routing", "random", "local", "full") if name in results):
+        steps = np.array([step for step, _ in results[name][0]["course"]], np.float64)
+        course = np.mean([[value for _, value in one["course"]] for one in results[name]], axis=0)
+        lines.append(charts.Line(name, steps, course, colour))
+    title = "Recall beyond the local window: accuracy at the queries over the steps, mean of the seeds"
+    labels = {"x_label": "step", "y_label": "accuracy", "title": title}
+    chart = charts.line_chart(lines, references=[("chance", chance)], from_zero=True, **labels)
+    chart = chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    chart = chart.replace(">", f"><style><![CDATA[{page.CSS}]]></style>", 1)
+    file = options.out / "routing_recall"
+    options.out.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".svg").write_text(chart + "\n")
+    file.with_suffix(".json").write_text(json.dumps({**about, **sizes, "results": results}) + "\n")
+    text = (
+        f"# Recall beyond the local window (Routing Transformer)\n\n`{about['command']}`, {today}, {device}, Python "
+        f"{versions['python']}, jax {versions['jax']}, flax {versions['flax']}.\n\n"
+        f"{', '.join(f'{key} {value}' for key, value in sizes.items())}. Chance is {chance:.3f}.\n\n{table}\n\n"
+        "![accuracy at the queries over the steps](routing_recall.svg)\n"
+    )
+    file.with_suffix(".md").write_text(text)
+    print(table)
 
 
 def main() -> None:
-    """Runs the models and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--models", default=",".join(SECOND), help="some of " + ", ".join(SECOND))
+    """Trains the models and reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS), help="some of " + ", ".join(MODELS))
+    for name, default, meaning in (
+        ("seeds", 3, "seeds per model"),
+        ("steps", 250, f"training steps, rounded up to {CHUNK}s"),
+        ("batch", 16, "rows per step"),
+        ("dim", 64, "width of the model; a head has a quarter"),
+        ("length", 128, "tokens in a row"),
+        ("keys", 8, "different keys"),
+        ("values", 8, "different values"),
+        ("shown", 2, "times that each key is shown with its value"),
+        ("queries", 32, "keys asked at the end of a row"),
+        ("clusters", 8, "clusters per routed head"),
+        ("window", 16, "W, positions in a cluster"),
+        ("block", 8, "block of the local heads, which see one more block before it"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default {default})")
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate (default 0.001; at 0.005 nothing was learned)")
+    parser.add_argument("--near_weight", type=float, default=0.0, help="weight of the keys in pairs in the loss (default 0)")
+    parser.add_argument("--decay", type=float, default=0.99, help="of the averages that make the centroids (default 0.99)")
+    parser.add_argument("--out", type=pathlib.Path, default=crossover.RESULTS, help="folder of the results")
     options = parser.parse_args()
-    results = {}
-    for name in options.models.split(","):
-        if name not in SECOND:
-            parser.error(f"--models: {name!r} is unknown. Use some of {', '.join(SECOND)}.")
-        results[name] = train(name, options.steps, options.batch, options.dim, options.seed)
-    print(f"{'':10}{'accuracy':>10}{'loss':>8}{'mass':>8}{'best':>8}{'seconds':>9}")
-    for name, figures in results.items():
-        cells = [f"{figures[key]:{width}.3f}" if key in figures else " " * width
-                 for key, width in (("accuracy", 10), ("loss", 8), ("mass", 8), ("best_mass", 8))]  # fmt: skip
-        print(f"{name:10}{''.join(cells)}{figures['seconds']:9.1f}")
-    device = jax.devices()[0].device_kind
-    print(json.dumps({"experiment": "routing_recall", "device": device, **vars(options), "results": results}))
+    gap = options.length - 2 * options.keys * options.shown - options.queries
+    reach = 2 * options.block  # a token of the first layer, and the local heads of the second
+    if gap < reach:
+        fit = options.length + reach - gap
+        parser.error(f"--length {options.length}: leaves a gap of {gap} tokens, and the local layers reach {reach}. Set {fit}.")
+    options.steps = CHUNK * math.ceil(options.steps / CHUNK)
+    names = options.models.split(",")
+    for name in names:
+        if name not in MODELS:
+            parser.error(f"--models: {name!r} is unknown. Use some of {', '.join(MODELS)}.")
+    trainers = {name: Trainer(name, options) for name in names}
+    results: dict[str, list[dict]] = {name: [] for name in names}
+    for seed in range(options.seeds):
+        for name, trainer in trainers.items():
+            results[name].append(trainer.run(seed))
+        report(options, results)  # after every seed: a run that is stopped leaves what it has
 
 
 if __name__ == "__main__":

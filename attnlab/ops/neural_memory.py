@@ -22,14 +22,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from attnlab.errors import ConfigError
-from attnlab.ops import dispatch
+from attnlab.ops import dispatch, sharding
 from attnlab.ops.tiles import scan_tiles, scan_tokens, token_flags, zero_padding
 from attnlab.types import Array, Bool, Float, Int
 
@@ -355,5 +355,33 @@ def _defer_recurrent(call: MemoryCall) -> str | None:
     return None if call.q.shape[1] == 1 else "one token at a time: for single tokens"
 
 
-dispatch.register("neural_memory", "xla_recurrent", dispatch.Implementation(_recurrent, defer=_defer_recurrent))
-dispatch.register("neural_memory", "xla_chunked", dispatch.Implementation(_chunked))
+def _over_mesh(run: Callable[[MemoryCall], tuple], call: MemoryCall) -> tuple[Array, Array, MemoryState]:
+    """Calls run(call) on each device's rows and heads: left to itself, XLA exchanges states at every chunk."""
+    batch = call.q.shape[0]
+
+    def states(state: MemoryState | None) -> MemoryState | None:
+        return jax.tree.map(lambda x: ("B" if x.shape[0] == batch else "1") + "NIO"[: x.ndim - 1], state)
+
+    token, gate = "BTNH", "BTN"
+    layouts = dataclasses.replace(
+        call,
+        q=token,
+        k=token,
+        v=token,
+        gates=(gate,) * 3,
+        begin=states(call.begin),
+        state=states(call.state),
+        segment_ids=None if call.segment_ids is None else "BT",
+        mask=None if call.mask is None else "BT",
+    )
+    arrays, tree = jax.tree.flatten(call)
+    after = jax.tree.map(lambda x: "BNIO"[: x.ndim], call.begin)
+    return sharding.shard_over_mesh(
+        lambda *parts: run(tree.unflatten(parts)), arrays, jax.tree.leaves(layouts), (token, gate, after)
+    )
+
+
+for _name, _run, _defer in (("xla_recurrent", _recurrent, _defer_recurrent), ("xla_chunked", _chunked, lambda call: None)):
+    dispatch.register(
+        "neural_memory", _name, dispatch.Implementation(functools.partial(_over_mesh, _run), defer=_defer)
+    )

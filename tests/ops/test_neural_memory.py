@@ -241,3 +241,40 @@ def test_local_attention_against_a_mask(length, window, past):
     np.testing.assert_allclose(have, want, atol=1e-5)
     with pytest.raises(ConfigError, match="window = 0"):
         local_attention(q, k, v, groups[:, past:], groups, window=0)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType
+from attnlab.ops.neural_memory import fresh_memory, neural_memory
+
+B, T, N, H = 4, 20, 2, 4
+keys = jax.random.split(jax.random.key(0), 8)
+q, k, v = (jax.random.normal(key, (B, T, N, H)) for key in keys[:3])
+k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+theta, eta, alpha = (0.2 * jax.random.uniform(key, (B, T, N)) for key in keys[3:6])
+weights = [0.5 * jax.random.normal(keys[6], (N, H, 6)), 0.5 * jax.random.normal(keys[7], (N, 6, H))]
+segments = jnp.asarray(np.repeat([[1, 2, 0]], [9, 8, 3], axis=1).repeat(B, axis=0))
+
+def run(state, inputs, weights):
+    fn = lambda *a: neural_memory(*a[:6], a[6], chunk_size=4, state=state, segment_ids=None if state else segments)
+    result, pullback = jax.vjp(fn, *inputs, weights)
+    none = np.zeros(B, jax.dtypes.float0)  # of the count
+    return result, pullback(jax.tree.map(lambda x: jnp.cos(x) if x.dtype == jnp.float32 else none, result))
+
+inputs = (q, k, v, theta, eta, alpha)
+for state, sizes in ((None, {"data": 4, "tensor": 2}), (fresh_memory(weights, B), {"data": 2, "context": 4})):
+    want = jax.jit(run)(state, inputs, weights)
+    with jax.set_mesh(jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 2)):
+        compiled = jax.jit(run).lower(state, inputs, weights).compile()
+        have = compiled(state, inputs, weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), have, want)
+    text = compiled.as_text()
+    loops = [line for line in text.splitlines() if "all-reduce" in line and "/while/" in line]
+    assert not loops, loops[:2]  # no exchange per chunk
+print("equal")
+"""
+
+
+def test_a_mesh_equals_one_device(run_python):
+    assert run_python(["-c", SHARDED], devices=8).stdout.strip() == "equal"
