@@ -193,7 +193,7 @@ def _curves(report: Report) -> str:
     ]
     for key, heading, label, from_zero in (
         ("tokens_per_second", "Throughput", "tokens/s", True),
-        ("learning_rate", "Learning rate", "learning rate", True),
+        ("learning_rate", "Learning rate", "rate", True),
         ("grad_norm", "Gradient norm, before clipping", "norm", True),
     ):
         if key in metrics:
