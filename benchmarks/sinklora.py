@@ -180,13 +180,14 @@ def report(options: argparse.Namespace, results: dict[str, list[dict[str, float]
         rows.append(row)
     columns = {"trained with": "", "perplexity": ".3f", "gap closed, %": ".0f", "nats": ".4f", "known": ".4f", "nats, each seed": ""}
     tables = [
-        "Evaluated with full attention at 512 (`known`: nats on tokens inside phrases that the row has shown before; with source text, all):\n\n"
-        + crossover.show(rows, columns)
+        "Evaluated with full attention at 512 (`known`: nats on tokens inside phrases that the row has shown before; with source "
+        "text, all):\n\n" + crossover.show(rows, columns)
     ]
     if accuracy:
         rows = [{"cache": name, "accuracy": value} for name, value in accuracy.items()]
         tables.append(
-            f"Accuracy (with phrases: inside those seen before), tokens {options.prompt} to 512 of rows read through an H2O cache:\n\n"
+            f"Accuracy (with phrases: inside those seen before), tokens {options.prompt} to 512 of rows read through an H2O "
+            "cache:\n\n"
             + crossover.show(rows, {"cache": "", "accuracy": ".3f"})
         )
     text = "\n\n".join(tables)
