@@ -96,7 +96,10 @@ def state_scan(
     spec = dataclasses.replace(spec, group=_group(spec) if group is None else group)
     table = None if chains is None else chains.chain.astype(jnp.int32).reshape(-1)
     out, final = _scan(spec, table, None if chains is None else chains.last, inputs, None if initial is None else _turned(initial))
-    return out[..., :width], _turned(final)[..., :rows, :width]
+    final = _turned(final)[..., :rows, :width]
+    if chains is not None and chains.cleared is not None:
+        final = jnp.where(chains.cleared[..., None, None, None], 0.0, final)
+    return out[..., :width], final
 
 
 def sharded_scan(

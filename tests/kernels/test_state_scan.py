@@ -84,12 +84,13 @@ def test_equals_the_recurrent_form(name):
 
 
 def test_chains_of_chunks():
-    """Several chains per row, chains without chunks, a row of padding alone; and the same bits twice."""
+    """Several chains per row, chains without chunks, cleared ones, a row of padding alone; and the same bits twice."""
     chain = jnp.array([[0, 0, 2, 3], [1, 1, 1, 3], [3, 3, 3, 3]])  # ends in the padding of the last chain, as streams do
     first = jnp.array([[1, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
     last = jnp.array([[1, -1, 2, 3], [-1, 2, -1, -1], [-1, -1, -1, -1]])
     used = jnp.array([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], bool)[:, None, :, None, None]
-    chains = chunk_scan.Chains(chain, first, last)
+    cleared = jnp.zeros((3, 4), bool).at[0, 1:3].set(True)
+    chains = chunk_scan.Chains(chain, first, last, cleared)
     initial = jax.random.normal(jax.random.key(5), (3, 4, 1, HK, HV))
     high = jax.lax.Precision.HIGHEST
 
@@ -109,6 +110,7 @@ def test_chains_of_chunks():
     have, again = run(*arrays), run(*arrays)
     assert_close(have, jax.jit(functools.partial(pulled, reference))(*arrays), 5e-6)
     jax.tree.map(np.testing.assert_array_equal, have, again)
+    assert not np.any(have[0][1][0, 1:3]) and np.any(have[0][1][0, 0])
     np.testing.assert_array_equal(have[0][1][2], initial[2])  # padding leaves every state as it was
 
 
