@@ -14,15 +14,16 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import experiment
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnlab import ops
-from attnlab.analysis import charts, page
+from attnlab.analysis import charts
 from attnlab.ops import dispatch
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+RESULTS = experiment.RESULTS
 # A measurement takes about so long, and one call may take at most so long before longer sequences are left out.
 SECONDS, LIMIT = 1.0, 20.0
 
@@ -167,19 +168,9 @@ def save(
         "rows": rows,
     }
     slug = "".join(c if c.isalnum() else "_" for c in device.device_kind.lower())
-    options.out.mkdir(parents=True, exist_ok=True)
-    chart = charts.line_chart(
-        lines,
-        x_label="log2 of the length T",
-        y_label="log2 of the speed-up",
-        title=title,
-        references=[("dense", 0.0)],
-        labels=170,
-    )
-    chart = chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    chart = chart.replace(">", f"><style><![CDATA[{page.CSS}]]></style>", 1)
     file = options.out / f"{name}_{slug}"
-    file.with_suffix(".svg").write_text(chart + "\n")
+    axes = {"x_label": "log2 of the length T", "y_label": "log2 of the speed-up"}
+    experiment.picture(file.with_suffix(".svg"), lines, **axes, title=title, references=[("dense", 0.0)], labels=170)
     file.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     file.with_suffix(".md").write_text(f"{title}, {device.device_kind}, {about['date']}\n\n{text}\n")
     print(text)

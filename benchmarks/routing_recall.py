@@ -23,22 +23,19 @@ places, the best possible ("top W").
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
 import pathlib
 import statistics
-import sys
 import time
 
 import crossover
-import flax
+import experiment
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from attnlab.analysis import charts, page
+from attnlab.analysis import charts
 from attnlab.methods.task import LossAux
 from attnlab.models.lm import LM, attention_maps
 from attnlab.training.step import init_state, make_train_step
@@ -190,10 +187,6 @@ def report(options: argparse.Namespace, results: dict[str, list[dict]]) -> None:
     columns = {"second layer": "", "far": ".3f", "far, each seed": ""}
     columns |= {"near": ".3f", "mass": ".3f", "top W": ".3f", "s / seed": ".0f"}
     table = crossover.show(rows, columns)
-    device, today = jax.devices()[0].device_kind, datetime.date.today().isoformat()
-    versions = {"python": sys.version.split()[0], "jax": jax.__version__, "flax": flax.__version__}
-    command = "python benchmarks/" + " ".join(["routing_recall.py", *sys.argv[1:]])
-    about = {"date": today, "device": device, **versions, "command": command}
     sizes = {key: value for key, value in vars(options).items() if key not in ("out", "models")}
     sizes["seeds"] = len(next(iter(results.values())))
     lines = []
@@ -203,28 +196,17 @@ def report(options: argparse.Namespace, results: dict[str, list[dict]]) -> None:
         lines.append(charts.Line(name, steps, course, colour))
     title = "Recall beyond the local window: accuracy at the queries over the steps, mean of the seeds"
     labels = {"x_label": "step", "y_label": "accuracy", "title": title}
-    chart = charts.line_chart(lines, references=[("chance", chance)], from_zero=True, **labels)
-    chart = chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    chart = chart.replace(">", f"><style><![CDATA[{page.CSS}]]></style>", 1)
-    file = options.out / "routing_recall"
-    options.out.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".svg").write_text(chart + "\n")
-    file.with_suffix(".json").write_text(json.dumps({**about, **sizes, "results": results}) + "\n")
-    text = (
-        f"# Recall beyond the local window (Routing Transformer)\n\n`{about['command']}`, {today}, {device}, Python "
-        f"{versions['python']}, jax {versions['jax']}, flax {versions['flax']}.\n\n"
-        f"{', '.join(f'{key} {value}' for key, value in sizes.items())}. Chance is {chance:.3f}.\n\n{table}\n\n"
-        "![accuracy at the queries over the steps](routing_recall.svg)\n"
-    )
-    file.with_suffix(".md").write_text(text)
-    print(table)
+    experiment.picture(options.out / "routing_recall.svg", lines, references=[("chance", chance)], from_zero=True, **labels)
+    pictures = "\n![accuracy at the queries over the steps](routing_recall.svg)\n"
+    title, text = "Recall beyond the local window (Routing Transformer)", f"Chance is {chance:.3f}.\n\n{table}"
+    experiment.save("routing_recall", title, options.out, sizes, {"results": results}, text, pictures)
 
 
 def main() -> None:
     """Trains the models and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="some of " + ", ".join(MODELS))
-    for name, default, meaning in (
+    flags = (
         ("seeds", 3, "seeds per model"),
         ("steps", 250, f"training steps, rounded up to {CHUNK}s"),
         ("batch", 16, "rows per step"),
@@ -237,12 +219,12 @@ def main() -> None:
         ("clusters", 8, "clusters per routed head"),
         ("window", 16, "W, positions in a cluster"),
         ("block", 8, "block of the local heads, which see one more block before it"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default {default})")
+    )
+    experiment.integers(parser, flags)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate (default 0.001; at 0.005 nothing was learned)")
     parser.add_argument("--near_weight", type=float, default=0.0, help="weight of the keys in pairs in the loss (default 0)")
     parser.add_argument("--decay", type=float, default=0.99, help="of the averages that make the centroids (default 0.99)")
-    parser.add_argument("--out", type=pathlib.Path, default=crossover.RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=pathlib.Path, default=experiment.RESULTS, help="folder of the results")
     options = parser.parse_args()
     gap = options.length - 2 * options.keys * options.shown - options.queries
     reach = 2 * options.block  # a token of the first layer, and the local heads of the second

@@ -20,23 +20,20 @@ after the first 100 steps (before clipping), and the loss on fixed validation ro
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
 import pathlib
 import statistics
-import sys
 import time
 
 import crossover
-import flax
+import experiment
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from attnlab import data
-from attnlab.analysis import charts, page
+from attnlab.analysis import charts
 from attnlab.methods.task import LossAux
 from attnlab.models.lm import LM
 from attnlab.training import config as config_lib
@@ -151,13 +148,6 @@ def trained(options: argparse.Namespace, text: data.TextData, arm: str) -> list[
     return results
 
 
-def picture(path: pathlib.Path, lines: list[charts.Line], **labels: str) -> None:
-    """Writes a chart that needs no page around it."""
-    chart = charts.line_chart(lines, labels=170, **labels)
-    chart = chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    path.write_text(chart.replace(">", f"><style><![CDATA[{page.CSS}]]></style>", 1) + "\n")
-
-
 def report(options: argparse.Namespace, initial: list[dict], results: dict[str, list[dict]]) -> None:
     """Prints the tables; writes them, the figures and two pictures beside the other results."""
     columns = {"n": "d"} | dict.fromkeys(ARMS, ".3f") | {"-ln n / softmax": ".2f", "0 / softmax": ".1f", "ALiBi / softmax": ".1f"}
@@ -172,12 +162,7 @@ def report(options: argparse.Namespace, initial: list[dict], results: dict[str, 
             row["against softmax, %"] = 100 * (row["loss"] / statistics.mean(one["loss"] for one in results["softmax"]) - 1)
         row["s / seed"] = statistics.mean(one["seconds"] for one in seeds)
         rows.append(row)
-    device, today = jax.devices()[0].device_kind, datetime.date.today().isoformat()
-    versions = {"python": sys.version.split()[0], "jax": jax.__version__, "flax": flax.__version__}
-    command = "python benchmarks/" + " ".join(["sigmoid_norm.py", *sys.argv[1:]])
-    about = {"date": today, "device": device, **versions, "command": command}
     sizes = {key: value for key, value in vars(options).items() if key != "out"}
-    options.out.mkdir(parents=True, exist_ok=True)
     pictures = ""
     if rows:
         columns = {"attention": "", "first norm": ".2f", "largest norm": ".2f", "loss at 100": ".3f", "largest gradient": ".2f"}
@@ -193,34 +178,31 @@ def report(options: argparse.Namespace, initial: list[dict], results: dict[str, 
             smooth = np.mean([one["losses"] for one in seeds], axis=0).reshape(-1, 10).mean(axis=1)
             losses.append(charts.Line(arm, 10.0 * np.arange(1, smooth.size + 1), smooth, colour))
         title = f"Norm of the attention output in the first {EARLY} steps"
-        picture(options.out / "sigmoid_norm.svg", norms, x_label="step", y_label="log10 ||a v||_F", title=title)
+        norm = {"x_label": "step", "y_label": "log10 ||a v||_F", "labels": 170}
+        experiment.picture(options.out / "sigmoid_norm.svg", norms, **norm, title=title)
         title = "Training loss, mean of 10 steps"
-        picture(options.out / "sigmoid_norm_loss.svg", losses, x_label="step", y_label="nats per byte", title=title)
+        loss = {"x_label": "step", "y_label": "nats per byte", "labels": 170}
+        experiment.picture(options.out / "sigmoid_norm_loss.svg", losses, **loss, title=title)
         pictures = "\n![norms in the first steps](sigmoid_norm.svg)\n\n![training loss](sigmoid_norm_loss.svg)\n"
-    file = options.out / "sigmoid_norm"
-    file.with_suffix(".json").write_text(json.dumps({**about, **sizes, "untrained": initial, "trained": results}) + "\n")
-    text = "\n\n".join(tables)
-    file.with_suffix(".md").write_text(
-        f"# Norm of sigmoid attention and its bias\n\n`{about['command']}`, {today}, {device}, Python {versions['python']}, jax "
-        f"{versions['jax']}, flax {versions['flax']}.\n\n{', '.join(f'{key} {value}' for key, value in sizes.items())}.\n\n{text}\n"
-        + pictures
+    figures = {"untrained": initial, "trained": results}
+    experiment.save(
+        "sigmoid_norm", "Norm of sigmoid attention and its bias", options.out, sizes, figures, "\n\n".join(tables), pictures
     )
-    print(text)
 
 
 def main() -> None:
     """Measures and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default, meaning in (
+    flags = (
         ("seeds", 2, "seeds per kind of attention"),
         ("steps", 500, f"training steps, a multiple of 50, at least {2 * EARLY}; 0 = norms at initialisation alone"),
         ("length", 256, "n, tokens in a row"),
         ("batch", 4, "rows per step"),
         ("dim", 128, "width of the model"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default {default})")
+    )
+    experiment.integers(parser, flags)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate (default 0.002)")
-    parser.add_argument("--out", type=pathlib.Path, default=crossover.RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=pathlib.Path, default=experiment.RESULTS, help="folder of the results")
     options = parser.parse_args()
     if options.steps % 50 or 0 < options.steps < 2 * EARLY:
         fit = max(2 * EARLY, 50 * math.ceil(options.steps / 50))

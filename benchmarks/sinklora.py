@@ -20,16 +20,13 @@ an H2O cache of some tokens, half of them heavy hitters, or all of them recent o
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import pathlib
 import statistics
-import sys
 import time
 from typing import Any
 
 import crossover
-import flax
+import experiment
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -191,26 +188,16 @@ def report(options: argparse.Namespace, results: dict[str, list[dict[str, float]
             + crossover.show(rows, {"cache": "", "accuracy": ".3f"})
         )
     text = "\n\n".join(tables)
-    device, today = jax.devices()[0].device_kind, datetime.date.today().isoformat()
-    versions = {"python": sys.version.split()[0], "jax": jax.__version__, "flax": flax.__version__}
-    about = {"date": today, "device": device, **versions, "command": "python benchmarks/" + " ".join(["sinklora.py", *sys.argv[1:]])}
     sizes = {key: value for key, value in vars(options).items() if key != "out"}
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "sinklora"
-    file.with_suffix(".json").write_text(json.dumps({**about, **sizes, "nats": results, "h2o_accuracy": accuracy}) + "\n")
-    file.with_suffix(".md").write_text(
-        f"# Extending a context by grouped attention (LongLoRA, SinkLoRA)\n\n`{about['command']}`, {today}, {device}, Python "
-        f"{versions['python']}, jax {versions['jax']}, flax {versions['flax']}.\n\n"
-        f"{', '.join(f'{key} {value}' for key, value in sizes.items())}.\n\n{text}\n"
-    )
-    print(text)
+    title, figures = "Extending a context by grouped attention (LongLoRA, SinkLoRA)", {"nats": results, "h2o_accuracy": accuracy}
+    experiment.save("sinklora", title, options.out, sizes, figures, text)
 
 
 def main() -> None:
     """Trains, extends, evaluates and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="some of " + ", ".join(VARIANTS))
-    for name, default, meaning in (
+    flags = (
         ("seeds", 2, "extensions per variant, of other rows, from the one pretrained model"),
         ("pretrain_steps", 800, "steps with 128 tokens"),
         ("extend_steps", 100, "steps with 512 tokens"),
@@ -219,13 +206,13 @@ def main() -> None:
         ("vocab", 128, "different tokens of phrases"),
         ("phrase", 16, "tokens in a phrase"),
         ("prompt", 256, "tokens that are read at once before those that are counted with an H2O cache"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default {default})")
+    )
+    experiment.integers(parser, flags)
     parser.add_argument("--text", choices=("source", "phrases"), default="source", help="what is read (default source)")
     parser.add_argument("--pool_short", type=float, default=0.35, help="different phrases / places in 128 tokens (default 0.35)")
     parser.add_argument("--pool_long", type=float, default=0.5, help="the same in 512 tokens (default 0.5)")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate of the first phase (default 0.003)")
-    parser.add_argument("--out", type=pathlib.Path, default=crossover.RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=pathlib.Path, default=experiment.RESULTS, help="folder of the results")
     options = parser.parse_args()
     names = [name.strip() for name in options.variants.split(",")]
     for name in names:

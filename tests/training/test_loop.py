@@ -4,7 +4,6 @@ import json
 import pathlib
 import random
 import signal
-import sys
 import time
 
 import jax
@@ -200,7 +199,6 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX file size limits stand in for a full disk")
 def test_full_disk_during_a_checkpoint_keeps_the_earlier_ones(run_python, tiny_flags, tmp_path):
     run_python(tiny_flags(tmp_path, num_train_steps=3))
     flags = tiny_flags(tmp_path, num_train_steps=9)
