@@ -35,9 +35,24 @@ _TABLE: dict[str, dict[str, str]] = {
         "titans_mal": "attnlab.nn.titans:TitansMAL",
         "titans_lucid": "attnlab.nn.titans_lucid:LucidMemory",
         "segmented": "attnlab.nn.segmented:SegmentedAttention",
+        "moh": "attnlab.nn.mixture_of_heads:MixtureOfHeads",
     },
-    "model": {"grassmann_lm": "attnlab.models.grassmann_lm:GrassmannLM", "lm": "attnlab.models.lm:LM"},
-    "task": {"language_modeling": "attnlab.methods.language_modeling:LanguageModeling"},
+    "model": {
+        "biformer": "attnlab.models.biformer:BiFormer",
+        "grassmann_lm": "attnlab.models.grassmann_lm:GrassmannLM",
+        "lm": "attnlab.models.lm:LM",
+        "mavit": "attnlab.models.mavit:MAViT",
+        "vit": "attnlab.models.vit:ViT",
+    },
+    "dataset": {},
+    "evaluation": {
+        "images": "attnlab.training.evaluate_images:ImageEvaluation",
+        "text": "attnlab.training.evaluate_text:TextEvaluation",
+    },
+    "task": {
+        "image_classification": "attnlab.methods.image_classification:ImageClassification",
+        "language_modeling": "attnlab.methods.language_modeling:LanguageModeling",
+    },
 }
 _registered: dict[str, dict[str, Any]] = {}
 

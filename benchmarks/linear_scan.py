@@ -4,16 +4,17 @@
     python benchmarks/linear_scan.py --quick        # one length, two partition counts
 
 Milliseconds, forward and forward + backward, the best of a few runs in one process on this machine; float32, B = 1, four heads of
-64. Prints tables and one JSON line. The goals: chunked at least 5 times faster than token by token at T = 4096; doubling T costs
+64. The goals: chunked at least 5 times faster than token by token at T = 4096; doubling T costs
 at most 2.15 times; "varlen" at P = 16 within 1.15 times of P = 4 at one writer and reader.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import pathlib
 import time
 
+import experiment
 import jax
 import jax.numpy as jnp
 
@@ -68,7 +69,8 @@ def sparse(length, partitions, implementation, runs=3):
     return both_ways(fn, (q, q2, k, k2, v, g, g2, logits), runs)
 
 
-def show(name, result):
+def show(rows, name, result):
+    rows.append(f"| {name} | {result['forward']:.1f} | {result['both']:.1f} |")
     print(f"{name:34} {result['forward']:10.1f} {result['both']:10.1f}", flush=True)
     return result
 
@@ -76,30 +78,39 @@ def show(name, result):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer lengths and partition counts")
-    quick = parser.parse_args().quick
+    parser.add_argument("--out", type=pathlib.Path, default=experiment.RESULTS, help="folder of the results")
+    flags = parser.parse_args()
+    quick = flags.quick
     print(f"{jax.devices()[0].device_kind}\n{'':34} {'forward':>10} {'both':>10}  ms")
-    results = {}
+    results, rows, goals = {}, ["| scan | forward | forward and backward |", "|---|---|---|"], []
     for kind in ("gla", "gdn"):
-        token = show(f"{kind} recurrent T=4096", scan(kind, 4096, "recurrent", 1 if quick else 2))
+        token = show(rows, f"{kind}, token by token, T = 4096", scan(kind, 4096, "recurrent", 1 if quick else 2))
         times = {
-            length: show(f"{kind} chunked T={length}", scan(kind, length, "chunked"))
+            length: show(rows, f"{kind}, chunks, T = {length}", scan(kind, length, "chunked"))
             for length in ((4096, 8192) if quick else (2048, 4096, 8192, 16384))
         }
-        results[kind] = {
-            "speedup": {way: token[way] / times[4096][way] for way in token},
-            "doubling": {way: times[8192][way] / times[4096][way] for way in token},
-            "chunked": times,
-            "recurrent": token,
-        }
+        speedup = {way: token[way] / times[4096][way] for way in token}
+        lengths = sorted(times)[-2:]
+        doubling = {way: times[lengths[1]][way] / times[lengths[0]][way] for way in token}
+        results[kind] = {"speedup": speedup, "doubling": doubling, "chunked": times, "recurrent": token}
+        goals += [
+            f"| {kind}: chunks against single tokens, T = 4096 | {speedup['forward']:.1f} | {speedup['both']:.1f} | at least 5 |",
+            f"| {kind}: T = {lengths[1]} against {lengths[0]} | {doubling['forward']:.2f} | {doubling['both']:.2f} | at most 2.15 |",
+        ]
     varlen = {
-        partitions: show(f"sse varlen T=8192 P={partitions} k=1", sparse(8192, partitions, "varlen"))
+        partitions: show(rows, f"sse, varlen, T = 8192, P = {partitions}", sparse(8192, partitions, "varlen"))
         for partitions in ((4, 16) if quick else (4, 16, 64))
     }
     results["varlen"] = varlen
-    results["partitions 16 / 4"] = {way: varlen[16][way] / varlen[4][way] for way in varlen[4]}
+    for more in sorted(varlen)[1:]:
+        ratio = {way: varlen[more][way] / varlen[4][way] for way in varlen[4]}
+        goal = "at most 1.15" if more == 16 else ""
+        goals.append(f"| sse: P = {more} against P = 4, one writer | {ratio['forward']:.2f} | {ratio['both']:.2f} | {goal} |")
     if not quick:
-        results["mask"] = {4: show("sse mask T=8192 P=4 k=1", sparse(8192, 4, "mask"))}
-    print(json.dumps(results))
+        results["mask"] = {4: show(rows, "sse, mask, T = 8192, P = 4", sparse(8192, 4, "mask"))}
+    text = "\n".join([*rows, "", "| ratio | forward | forward and backward | goal |", "|---|---|---|---|", *goals])
+    sizes = {"B": 1, "N": HEADS, "H": WIDTH, "unit": "ms, best of 3 runs"}
+    experiment.save("linear_scan", "Linear scans on this device", flags.out, sizes, results, text)
 
 
 if __name__ == "__main__":

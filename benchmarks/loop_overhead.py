@@ -26,7 +26,7 @@ from flax import linen as nn
 
 from attnlab import data
 from attnlab.training import cli, loop, metrics
-from attnlab.training.build import build, padded_vocab
+from attnlab.training.build import build
 from attnlab.training.mesh import global_batch
 
 STEPS = 200
@@ -131,7 +131,7 @@ def main():
     config.num_train_steps, config.batch_size = STEPS, 2  # steps of about 100 ms on two cores
     config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps = 10, 10 * STEPS, 100
     text = data.open_text(config)
-    run = build(config, vocab_size=padded_vocab(config))
+    run = build(config)
     loader = text.loader("train", batch_size=config.batch_size, seq_len=config.seq_len, seed=0, shuffle=True, repeat=True)
     host = next(loader)
     loader.close()

@@ -138,7 +138,7 @@ def extension(options: argparse.Namespace, name: str, vocab: int) -> Run:
     changes = {f"model.mixer_options.{mixer}.{key}": value for key, value in fields.items()}
     changes |= {"model.mixer": mixer, "lora.train": trained, "num_train_steps": options.extend_steps}
     config.update_from_flattened_dict(changes | {"batch_size": options.batch // 4, "model.num_layers": options.layers})
-    return build(config, vocab_size=vocab)
+    return build(config, outputs=vocab)
 
 
 def recall(model: Any, params: Any, text: Source | Phrases, budgets: dict[str, dict[str, int]], prompt: int) -> dict[str, float]:
@@ -225,7 +225,7 @@ def main() -> None:
     changes = {"num_train_steps": options.pretrain_steps, "batch_size": options.batch, "optimizer.learning_rate": options.rate}
     changes["model.num_layers"] = options.layers
     config.update_from_flattened_dict(changes)
-    run = build(config, vocab_size=text.vocab)
+    run = build(config, outputs=text.vocab)
     base = jax.device_get(train(run, run.init_state(), text, 1, "pretraining").params)
     full = extension(options, "full", text.vocab)
     evaluate = Evaluation(full, text)

@@ -10,7 +10,8 @@
 
 from __future__ import annotations
 
+from attnlab.data.dataset import Batches, Dataset
 from attnlab.data.text import TextData, batch_spec, open_text
 from attnlab.data.tokenizers import load_tokenizer, vocab_size_of
 
-__all__ = ["TextData", "batch_spec", "load_tokenizer", "open_text", "vocab_size_of"]
+__all__ = ["Batches", "Dataset", "TextData", "batch_spec", "load_tokenizer", "open_text", "vocab_size_of"]

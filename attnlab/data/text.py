@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,12 +26,17 @@ class TextData:
         fingerprint: sha256 hex over the content and its split.
         splits: split name ("train", "validation", "test") to `SplitInfo(documents, bytes)`.
         notes: sentences about choices that the user should know, for the run header.
+        outputs: ids of the tokenizer.
+        evaluation: see `attnlab.data.dataset.Dataset`.
     """
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, packing: str, workers: int, tokens):
-        self._source, self._packing, self._workers, self._tokens = source, packing, workers, tokens
+    evaluation = "text"
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, packing: str, workers: int, tokens, seq_len: int | None = None):
+        self._source, self._packing, self._workers, self._tokens, self._seq_len = source, packing, workers, tokens, seq_len
         self.name: str = source.name
         self.tokenizer = tokenizer
+        self.outputs: int = tokenizer.vocab_size
         self.fingerprint: str = source.fingerprint
         self.splits: Mapping[str, SplitInfo] = source.splits
         self.notes: tuple[str, ...] = source.notes
@@ -40,14 +46,14 @@ class TextData:
         split: str,
         *,
         batch_size: int,
-        seq_len: int,
         seed: int,
         shuffle: bool,
         repeat: bool,
         shard_index: int = 0,
         shard_count: int = 1,
+        seq_len: int | None = None,
     ) -> Loader:
-        """Returns the batches of a split; the arguments are those of `Loader`.
+        """Returns the batches of a split; the arguments are those of `Loader`, and T (by default the config's `seq_len`).
 
         With repeat=False every token of the split is predicted exactly once (streamed sets: every row is read once).
 
@@ -58,7 +64,8 @@ class TextData:
             raise field_error(
                 "split", split, f"unknown split of {self.name}, {nearest(split, self.splits)}", "Name one of them"
             )
-        if seq_len < 1:
+        seq_len = self._seq_len if seq_len is None else seq_len
+        if seq_len is None or seq_len < 1:
             raise field_error("config.seq_len", seq_len, "a row needs at least one token", "Use a positive length")
         rows = self._rows(split, seq_len, keep_partial=not repeat, shuffle=shuffle, seed=seed)
         if len(rows) == 0:
@@ -74,6 +81,7 @@ class TextData:
             "content": self.fingerprint,
             "tokenizer": self.tokenizer.spec,
             "packing": self._packing,
+            "seq_len": seq_len,
         }
         return Loader(
             rows,
@@ -121,6 +129,14 @@ class TextData:
         for document in self._source.documents(split):
             yield document.text
 
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the tokenizer to `folder/tokenizer`."""
+        self.tokenizer.save(os.path.join(folder, "tokenizer"))
+
+    def describe(self) -> str:
+        """Name, tokenizer and hash."""
+        return f"{self.name}, {self.tokenizer.spec}, sha256 {self.fingerprint[:12]}"
+
     def summary(self) -> dict[str, Any]:
         """Returns what a run records about its data (JSON-able)."""
         return {
@@ -156,7 +172,7 @@ def open_text(config) -> TextData:
     cache = storage.cache_dir(config)
     tokenizer = corpus.open_tokenizer(spec, source, cache)
     tokens = None if source.streamed else corpus.open_tokens(source, tokenizer, cache)
-    return TextData(source, tokenizer, packing, int(storage.option(config, "workers", 0)), tokens)
+    return TextData(source, tokenizer, packing, int(storage.option(config, "workers", 0)), tokens, getattr(config, "seq_len", None))
 
 
 def batch_spec(config) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

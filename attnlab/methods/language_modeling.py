@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
-from attnlab import registry
+from attnlab import data, registry
+from attnlab.errors import field_error
+from attnlab.methods import fields
 from attnlab.methods.task import LossAux, Variables
+from attnlab.models.lm import REMAT_POLICIES
 
+VOCAB_MULTIPLE = 64  # so that the vocabulary divides over devices and fills matrix units
 _SOWN = ("losses", "metrics")
 
 
 class LanguageModeling:
-    """The task of `configs/lm.py`.
+    """The task of `configs/lm.py`: a decoder, on any `data.open_text` text or on a set of rows by its name in the registry.
 
     Args:
         config: the whole config; reads `model`, `data.packing`, `batch_size`, `seq_len` and `loss_chunk`.
@@ -30,6 +36,137 @@ class LanguageModeling:
         self.batch_size, self.seq_len = config.batch_size, config.seq_len
         self.packed = config.data.packing == "packed"
         self.loss_chunk = config.loss_chunk
+        self.units_per_step = self.batch_size * self.seq_len
+
+    unit = "tokens"
+    batch_axes = ("act_batch", "act_seq")
+
+    @staticmethod
+    def defaults(config: ml_collections.ConfigDict) -> None:
+        """Adds the fields of data and model: a small byte-level decoder on the standard-library text."""
+        config.seq_len = 256
+        config.loss_chunk = 0  # tokens of a sequence per cross-entropy chunk; 0 = the whole sequence at once
+
+        config.data = text = ml_collections.ConfigDict()
+        text.name = "stdlib"  # or tfds:NAME/CONFIG, or text:PATH, or a generated set of configs/recall.py
+        text.dir = ""  # where prepared data sets live; "" = the user's cache
+        text.tokenizer = "bytes"  # or bpe:VOCAB
+        text.packing = "windows"  # or packed
+        text.workers = 0
+        text.feature = "text"
+        text.errors = "strict"  # or skip: leave undecodable files out, counted
+
+        config.model = model = ml_collections.ConfigDict()
+        model.name = "lm"
+        model.mixer = "softmax"
+        model.pattern = ()  # mixers (or aliases of mixer_options) that repeat over the layers; wins over `mixer`
+        model.num_layers = 4
+        model.dim = 256
+        model.num_heads = 4
+        model.num_kv_heads = 0  # 0 = num_heads
+        model.head_dim = 0  # 0 = dim / num_heads
+        model.mlp = "gated"
+        model.mlp_dim = 0  # 0 = 8/3 dim for gated, 4 dim for gelu
+        model.norm = "rmsnorm"
+        model.layer_scale = 0.0
+        model.hybrid_norm = False
+        model.tie_embeddings = True
+        model.vocab_size = 0  # 0 = the tokenizer's
+        model.dropout = 0.0
+        model.scan_layers = True
+        model.remat = "none"
+        model.dtype = "bfloat16"
+        model.param_dtype = "float32"
+        model.mixer_options = fields.mixer_options()
+
+    @staticmethod
+    def validate(config: ml_collections.ConfigDict, values: dict[str, Any]) -> None:
+        """Checks the fields of `defaults`; `values` has them all by dotted names.
+
+        Raises:
+            ConfigError: the first bad field, with its value and the fix.
+        """
+        fields.check(
+            values,
+            positive=("seq_len", "model.num_layers", "model.dim", "model.num_heads"),
+            not_negative=(
+                "loss_chunk", "model.num_kv_heads", "model.head_dim", "model.mlp_dim", "model.vocab_size", "model.layer_scale",
+            ),
+        )  # fmt: skip
+        if not 0 <= config.model.dropout < 1:
+            raise field_error("config.model.dropout", config.model.dropout, "must be in [0, 1)", "Set 0 to switch it off")
+        fields.one_of("data.packing", config.data.packing, ("windows", "packed"))
+        fields.one_of("model.mlp", config.model.mlp, ("gated", "gelu"))
+        fields.one_of("model.norm", config.model.norm, ("rmsnorm", "layernorm"))
+        fields.one_of("model.remat", config.model.remat, REMAT_POLICIES)
+        fields.validate_mixers(config.model)
+        if config.loss_chunk and config.seq_len % config.loss_chunk:
+            raise field_error(
+                "config.loss_chunk", config.loss_chunk, f"does not divide config.seq_len = {config.seq_len}",
+                f"Set 0 (off) or one of {fields.divisors(config.seq_len)[-6:]}",
+            )  # fmt: skip
+
+    @staticmethod
+    def open_data(config: ml_collections.ConfigDict) -> data.Dataset:
+        """Opens a registered set of rows, or text."""
+        if config.data.name in registry.names("dataset"):
+            return registry.get("dataset", config.data.name)(config)
+        return data.open_text(config)
+
+    @classmethod
+    def outputs(cls, config: ml_collections.ConfigDict, needed: int | None = None) -> int:
+        """V of the model: `model.vocab_size`, or the ids of the data rounded up to a multiple of 64.
+
+        Args:
+            config: the whole config.
+            needed: ids that the data has; None = what the config says of them, without text.
+
+        Raises:
+            ConfigError: `model.vocab_size` is smaller than that.
+        """
+        if needed is None:
+            generated = config.data.name in registry.names("dataset")
+            needed = cls.open_data(config).outputs if generated else data.vocab_size_of(config.data.tokenizer)
+        chosen = config.model.vocab_size or -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        if chosen < needed:
+            raise field_error("config.model.vocab_size", chosen, f"is smaller than the vocabulary of the data, {needed}",
+                              "Set 0 to take that")  # fmt: skip
+        return chosen
+
+    @staticmethod
+    def eval_batch(batch: dict[str, np.ndarray], dataset: data.Dataset) -> dict[str, np.ndarray]:
+        """Adds `target_bytes` int32 [b, T]: bytes of text that each counted target stands for; 0 where it is no text."""
+        tokenizer = getattr(dataset, "tokenizer", None)
+        sizes = np.zeros_like(batch["targets"]) if tokenizer is None else np.asarray(tokenizer.token_bytes)[batch["targets"]]
+        return batch | {"target_bytes": (sizes * batch["mask"]).astype(np.int32)}
+
+    @staticmethod
+    def figures(totals: dict[str, float]) -> dict[str, float]:
+        """`loss` (nats per token), `accuracy`, `tokens`; of text also `bits_per_byte` and `bytes`."""
+        tokens, text_bytes = totals.get("weight", 0.0), totals.get("bytes", 0.0)
+        found = {
+            "loss": totals["loss"] / tokens if tokens else math.nan,
+            "bits_per_byte": totals["loss"] / math.log(2) / text_bytes if text_bytes else math.nan,
+            "accuracy": totals["correct"] / tokens if tokens else math.nan,
+            "tokens": int(tokens),
+            "bytes": int(text_bytes),
+        }
+        if tokens and not text_bytes:
+            del found["bits_per_byte"], found["bytes"]
+        return found
+
+    @staticmethod
+    def summary(figures: dict[str, float]) -> str:
+        """The figures in a line."""
+        last = f"{figures['bits_per_byte']:.4f} bits/byte" if "bits_per_byte" in figures else f"accuracy {figures['accuracy']:.4f}"
+        return f"loss {figures['loss']:.4f} nats/token, {last}"
+
+    @staticmethod
+    def describe(config: ml_collections.ConfigDict) -> tuple[str, str]:
+        """Model and step of the run header, in words."""
+        model = config.model
+        mixers = " ".join(fields.layer_pattern(model))
+        return f"{mixers}, {model.num_layers} layers, width {model.dim}", f"{config.batch_size} x {config.seq_len}"
 
     def init(self, rng: jax.Array) -> Variables:
         """Returns the variables of the model, boxed."""

@@ -266,8 +266,7 @@ class LoRATask:
         """The task's, less the gradients of frozen parameters."""
         flat = traverse_util.flatten_dict(params)
         frozen = sum(leaf.size for path, leaf in flat.items() if not self.spec.trains(path))
-        tokens = math.prod(self.task.batch_spec()["inputs"].shape[:2])
-        return self.task.flops_per_step(params) - 2.0 * frozen * tokens
+        return self.task.flops_per_step(params) - 2.0 * frozen * self.task.units_per_step
 
 
 def from_config(config: ml_collections.ConfigDict, task: Task) -> Task:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import jax
+import ml_collections
+import numpy as np
 from flax import linen as nn
 from flax import struct
+
+from attnlab.data.dataset import Dataset
 
 Variables = dict[str, Any]
 
@@ -28,9 +32,39 @@ class LossAux:
 
 
 class Task(Protocol):
-    """A model and what is minimised on it; built from the config and the size of the vocabulary."""
+    """A model and what is minimised on which data; built as `Task(config, outputs)`.
+
+    Attributes:
+        model: the module.
+        unit: what a batch is counted in, "tokens" or "images".
+        units_per_step: of the global training batch.
+        batch_axes: logical names of the leading axes of every array of a batch.
+    """
 
     model: nn.Module
+    unit: str
+    units_per_step: int
+    batch_axes: tuple[str, ...]
+
+    @staticmethod
+    def defaults(config: ml_collections.ConfigDict) -> None:
+        """Adds the fields that this task has beyond the common ones, at least `data` and `model`."""
+
+    @staticmethod
+    def validate(config: ml_collections.ConfigDict, values: dict[str, Any]) -> None:
+        """Checks those fields; `values` is the whole config by dotted names.
+
+        Raises:
+            ConfigError: the first bad field, with its value and the fix.
+        """
+
+    @staticmethod
+    def open_data(config: ml_collections.ConfigDict) -> Dataset:
+        """Opens the data that the config names."""
+
+    @classmethod
+    def outputs(cls, config: ml_collections.ConfigDict, needed: int | None = None) -> int:
+        """Returns what the model has to tell apart (ids, classes): as the data says (`needed`), or the config without data."""
 
     def init(self, rng: jax.Array) -> Variables:
         """Returns all variables, parameters boxed with their logical axis names."""
@@ -41,7 +75,19 @@ class Task(Protocol):
         """Returns the scalar to minimise on a batch, in training mode."""
 
     def eval(self, params: Any, collections: Variables, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Returns sums over a batch (they are added up over batches, then divided by `weight`)."""
+        """Returns sums over a batch; `figures` makes figures of their totals over all batches."""
+
+    def eval_batch(self, batch: dict[str, np.ndarray], dataset: Dataset) -> dict[str, np.ndarray]:
+        """Returns the loader's batch with what `eval` needs beside it."""
+
+    def figures(self, totals: dict[str, float]) -> dict[str, float]:
+        """Returns the figures of an evaluation, `loss` among them."""
+
+    def summary(self, figures: dict[str, float]) -> str:
+        """Returns the figures in a line."""
+
+    def describe(self, config: ml_collections.ConfigDict) -> tuple[str, str]:
+        """Returns the model, and the batch of a step, in words."""
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of the global training batch."""

@@ -79,7 +79,7 @@ def analyse(built: Run, target: topology.Topology) -> dict[str, Any]:
         "batch": device_bytes(batch),
     }
     model_flops = float(built.task.flops_per_step(state.params))
-    tokens = math.prod(next(iter(batch.values())).shape[:2])
+    units = built.task.units_per_step
     started = time.perf_counter()
     compiled, decisions, refusal = compile_step(built, target)
     report: dict[str, Any] = {
@@ -92,7 +92,8 @@ def analyse(built: Run, target: topology.Topology) -> dict[str, Any]:
         "hbm_limit": why,
         "num_params": built.num_params(),
         "batch_size": built.config.batch_size,
-        "tokens_per_step": tokens,
+        "unit": built.task.unit,
+        "units_per_step": units,
         "model_flops_per_step": model_flops,
         "compile_seconds": 0.0,
         "attention": sorted({f"{d.op}: {d.chosen}" for d in decisions}),
@@ -123,7 +124,7 @@ def analyse(built: Run, target: topology.Topology) -> dict[str, Any]:
             "kernel_flops_per_device": cost.kernel_flops,
             "hbm_traffic_bytes": cost.bytes,
             "collectives": collectives,
-            "roofline": roofline.estimate(cost, collectives, target, model_flops=model_flops, tokens=tokens),
+            "roofline": roofline.estimate(cost, collectives, target, model_flops=model_flops, units=units),
             "notes": sorted(cost.notes),
         }
     report["compile_seconds"] = time.perf_counter() - started
@@ -190,7 +191,7 @@ def refused_bytes(message: str) -> tuple[int | None, int | None]:
 
 def visible_pairs(built: Run) -> float:
     """Share of the T x T pairs that the mixers' attention computes, averaged over the layers; 1 where they do not say."""
-    model, length = built.task.model, built.config.seq_len
+    model, length = built.task.model, built.config.get("seq_len", 0)
     shares = []
     for entry in model.entries() if hasattr(model, "entries") else ():
         mixer = model.make_mixer(entry)

@@ -17,8 +17,8 @@ def render(report: dict[str, Any]) -> str:
         "",
         f"topology    {report['topology']}: {report['num_devices']} x {report['device_kind']}",
         f"mesh        {mesh}",
-        f"model       {report['num_params']:,} parameters, {report['batch_size']} sequences and "
-        f"{report['tokens_per_step']:,} tokens per step",
+        f"model       {report['num_params']:,} parameters, {report['batch_size']} rows and "
+        f"{report['units_per_step']:,} {report['unit']} per step",
         *(f"kernels     {choice}" for choice in report["attention"]),
         *(f"            ({reason})" for reason in report["attention_reasons"]),
         f"compiled    in {report['compile_seconds']:.0f} s by {report['versions']['compiler']}",
@@ -33,7 +33,7 @@ def render(report: dict[str, Any]) -> str:
         f"  {'executed, one device':<22}{_count(report['flops_per_device']):>12}   ({report['flops_source']})",
         *(f"  note: {note}" for note in report["notes"]),
     ]
-    lines += [*_collectives(report["collectives"]), *_roofline(report["roofline"]), "", *_verdict(report)]
+    lines += [*_collectives(report["collectives"]), *_roofline(report["roofline"], report["unit"]), "", *_verdict(report)]
     return "\n".join(lines)
 
 
@@ -50,12 +50,12 @@ def _collectives(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _roofline(estimate: dict[str, Any] | None) -> list[str]:
+def _roofline(estimate: dict[str, Any] | None, unit: str) -> list[str]:
     if estimate is None:
         return []
     fast, slow = estimate["step_seconds"]
     high, low = estimate["mfu"]
-    most, least = estimate["tokens_per_second"]
+    most, least = estimate["units_per_second"]
     lines = [
         "",
         "roofline of a step (an estimate, not a measurement)",
@@ -63,9 +63,9 @@ def _roofline(estimate: dict[str, Any] | None) -> list[str]:
         f"  {'memory':<22}{_seconds(estimate['memory_seconds']):>12}   at {estimate['hbm_bandwidth'] / 1e12:.2f} TB/s",
         f"  {'collectives':<22}{_seconds(estimate['collective_seconds']):>12}   at "
         f"{estimate['link_bandwidth'] / 1e9:.0f} GB/s per link and direction",
-        f"  {'full overlap':<22}{_seconds(fast):>12}   {most:,.0f} tokens/s, {high:.1%} model FLOP/s utilisation, "
+        f"  {'full overlap':<22}{_seconds(fast):>12}   {most:,.0f} {unit}/s, {high:.1%} model FLOP/s utilisation, "
         f"bound by {estimate['bound']}",
-        f"  {'no overlap':<22}{_seconds(slow):>12}   {least:,.0f} tokens/s, {low:.1%} model FLOP/s utilisation",
+        f"  {'no overlap':<22}{_seconds(slow):>12}   {least:,.0f} {unit}/s, {low:.1%} model FLOP/s utilisation",
     ]
     if estimate["compiler_seconds"] is not None:
         lines.append(

@@ -15,7 +15,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from attnlab import data, registry
+from attnlab import registry
 from attnlab.errors import field_error
 from attnlab.methods import lora
 from attnlab.methods.task import Task
@@ -24,8 +24,6 @@ from attnlab.training.config import validate
 from attnlab.training.mesh import make_mesh
 from attnlab.training.optim import make_optimizer
 from attnlab.training.step import TrainState, init_state, make_train_step
-
-VOCAB_MULTIPLE = 64  # so that the vocabulary divides over devices and fills matrix units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,32 +66,18 @@ class Run:
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
 
 
-def padded_vocab(config: ml_collections.ConfigDict, tokenizer_vocab: int | None = None) -> int:
-    """V of the model: `model.vocab_size`, or the tokenizer's rounded up to a multiple of 64.
-
-    Raises:
-        ConfigError: `model.vocab_size` is smaller than the tokenizer's vocabulary.
-    """
-    needed = data.vocab_size_of(config.data.tokenizer) if tokenizer_vocab is None else tokenizer_vocab
-    chosen = config.model.vocab_size or -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    if chosen < needed:
-        raise field_error("config.model.vocab_size", chosen, f"is smaller than the tokenizer's vocabulary of {needed}",
-                          "Set 0 to take the tokenizer's")  # fmt: skip
-    return chosen
-
-
 def build(
     config: ml_collections.ConfigDict,
     *,
     devices: Sequence[jax.Device] | None = None,
-    vocab_size: int | None = None,
+    outputs: int | None = None,
 ) -> Run:
     """Checks the config against the devices and builds the run.
 
     Args:
         config: as of `configs/`.
         devices: of the mesh; all devices when None. Devices of a topology description (no hardware) do as well.
-        vocab_size: V; by default `padded_vocab`.
+        outputs: of the data (`Dataset.outputs`); None = what the config says of them, without data.
 
     Raises:
         ConfigError: a field is out of range, or does not fit the mesh.
@@ -102,14 +86,15 @@ def build(
     mesh = make_mesh(config.mesh, devices)
     rules = config.sharding_rules
     sharding.check_rules(rules, mesh)
-    task: Task = registry.get("task", config.task)(config, vocab_size or padded_vocab(config))
+    task_class = registry.get("task", config.task)
+    task: Task = task_class(config, task_class.outputs(config, outputs))
     task = lora.from_config(config, task)
 
     replicated = NamedSharding(mesh, PartitionSpec())
     def placed(specs: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
         return {
             name: jax.ShapeDtypeStruct(
-                spec.shape, spec.dtype, sharding=sharding.batch_sharding(mesh, rules, len(spec.shape))
+                spec.shape, spec.dtype, sharding=sharding.batch_sharding(mesh, rules, task.batch_axes, len(spec.shape))
             )
             for name, spec in specs.items()
         }

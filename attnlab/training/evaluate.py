@@ -1,36 +1,29 @@
-"""The evaluation of a trained run: figures on a split beside those of simple codes, a continuation, a report."""
+"""The evaluation of a trained run: restores it, evaluates a split, and lets the kind of its data look closer."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import pathlib
 import time
-from typing import Any
+from typing import Any, Protocol
 
-import jax
 import ml_collections
-import numpy as np
 
-from attnlab import data
-from attnlab.analysis.text import readable
-from attnlab.data import baselines
+from attnlab import registry
+from attnlab.data import Dataset
 from attnlab.errors import ConfigError, field_error
-from attnlab.inference.decode import generate
 from attnlab.inference.sampling import make_sampler
 from attnlab.training import config as config_lib
 from attnlab.training import validation, workdir
-from attnlab.training.build import Run, build, padded_vocab
+from attnlab.training.build import Run, build
 from attnlab.training.checkpoint import Checkpoints
-from attnlab.training.progress import si
 
-# What says which model and which text; the rest of a given config (batch size, mesh, ...) may differ from the run's.
-IDENTITY = ("task", "seq_len", "model.", "data.name", "data.tokenizer", "data.packing", "data.feature")
-_FREE = ("model.remat",)
+# What says which model and which data; the rest of a given config (batch size, mesh, ...) may differ from the run's.
+IDENTITY = ("task", "seq_len", "model.", "data.")
+_FREE = ("model.remat", "data.dir", "data.workers", "data.errors")
 _TAKEN = ("batch_size", "eval_batches", "loss_chunk", "mesh", "sharding_rules")
-BASELINE_BYTES = 64 << 20  # of each split, at most; xz takes about a second per mebibyte
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +51,35 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluated:
-    """A restored run with its figures and samples: what a report is made of."""
+class Restored:
+    """A trained run, and its task's figures on the split.
 
+    Attributes:
+        folder: workdir.
+        dataset: opened.
+        variables: parameters (their moving average where the run keeps one) and collections.
+        figures: `step`, `split`, the task's own, `<unit>_per_second`, and which `parameters` they are of.
+        notes: sentences for whoever reads the figures.
+    """
+
+    folder: str
     run: Run
-    text: data.TextData
+    dataset: Dataset
     variables: dict[str, Any]
     figures: dict[str, Any]
-    samples: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+
+
+class Evaluation(Protocol):
+    """What one kind of data adds; `registry.get("evaluation", dataset.evaluation)(restored, options)`."""
+
+    figures: dict[str, Any]
+
+    def table(self) -> str:
+        """Returns the figures as text for a terminal."""
+
+    def write_report(self) -> pathlib.Path:
+        """Writes `report.html` into the run's folder and returns its path."""
 
 
 def main(folder: str, config: ml_collections.ConfigDict | None, options: Options) -> dict[str, Any]:
@@ -88,51 +101,38 @@ def main(folder: str, config: ml_collections.ConfigDict | None, options: Options
     result = evaluate(folder, config, options)
     figures = {name: _json_number(value) for name, value in result.figures.items()}
     workdir.write_atomic(pathlib.Path(folder) / "eval.json", json.dumps(figures, indent=1) + "\n")
-    print(table(result), flush=True)
+    print(result.table(), flush=True)
     if options.report:
-        from attnlab.training import run_report
-
-        path = run_report.write(folder, result, options)
+        path = result.write_report()
         print(f"report: {path} ({path.stat().st_size / 1e6:.2f} MB)", flush=True)
     print(json.dumps(figures), flush=True)
     return figures
 
 
-def evaluate(folder: str, config: ml_collections.ConfigDict | None, options: Options) -> Evaluated:
-    """Restores the run and computes its figures and samples; see `main`."""
+def evaluate(folder: str, config: ml_collections.ConfigDict | None, options: Options) -> Evaluation:
+    """Restores the run and computes its figures; see `main`."""
     _check(options)
     config = run_config(folder, config)
-    text = data.open_text(config)
-    if options.split not in text.splits:
+    dataset = registry.get("task", config.task).open_data(config)
+    if options.split not in dataset.splits:
         raise field_error(
-            "--split", options.split, f"{config.data.name} has no such split", f"Use one of {list(text.splits)}"
+            "--split", options.split, f"{config.data.name} has no such split", f"Use one of {list(dataset.splits)}"
         )
-    notes = _data_notes(folder, config, text)
-    run = build(config, vocab_size=padded_vocab(config, text.tokenizer.vocab_size))
+    notes = _data_notes(folder, config, dataset)
+    run = build(config, outputs=dataset.outputs)
     state, step = _restore(folder, config, run, options.step)
     with run.context():
         compiled = run.eval_step.lower(run.abstract_state, run.eval_batch_spec).compile()
     start = time.perf_counter()
-    measured = validation.evaluate(run, state, text, options.split, options.eval_batches, step_fn=compiled)
+    measured = validation.evaluate(run, state, dataset, options.split, options.eval_batches, step_fn=compiled)
     seconds = time.perf_counter() - start
+    unit = run.task.unit
+    figures = {"step": step, "split": options.split, **measured, f"{unit}_per_second": measured[unit] / seconds}
+    figures["parameters"] = "trained" if state.ema is None else "ema"
     variables = {"params": state.params if state.ema is None else state.ema, **state.collections}
     del state
-    samples, decode_rate, sample_notes = _samples(run, text, variables, options)
-    figures = {
-        "step": step,
-        "split": options.split,
-        **measured,
-        "perplexity": math.exp(min(measured["loss"], 700.0)),
-        **_baselines(text, options.split),
-        "tokens_per_second": measured["tokens"] / seconds,
-        "decode_tokens_per_second": decode_rate,
-        "parameters": "ema" if run.abstract_state.ema is not None else "trained",
-        "prompt": samples[0][0],
-        "sample": samples[0][1],
-    }
-    if len(samples) > 1:
-        figures["samples"] = [new for _, new in samples]
-    return Evaluated(run, text, variables, figures, samples, (*notes, *sample_notes))
+    restored = Restored(folder, run, dataset, variables, figures, tuple(notes))
+    return registry.get("evaluation", dataset.evaluation)(restored, options)
 
 
 def run_config(folder: str, given: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict:
@@ -158,56 +158,10 @@ def run_config(folder: str, given: ml_collections.ConfigDict | None) -> ml_colle
         )
     with config.unlocked():
         for field in _TAKEN:
-            config[field] = given[field]
+            if field in config:
+                config[field] = given[field]
         config.data.dir, config.data.workers = given.data.dir, given.data.workers
     return config
-
-
-def run_facts(folder: str | pathlib.Path) -> dict[str, Any]:
-    """What training recorded of the run in `run.json`; nothing when the file is missing or damaged."""
-    try:
-        facts = json.loads((pathlib.Path(folder) / workdir.RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def table(result: Evaluated) -> str:
-    """The figures and samples as text for a terminal."""
-    figures, run = result.figures, result.run
-    device = run.mesh.devices.flat[0].device_kind
-    codes = [("this model", figures["bits_per_byte"])] + [
-        (name, figures[f"{name}_bits_per_byte"]) for name in ("unigram", "gzip", "xz")
-    ]
-    of = " (moving average)" if figures["parameters"] == "ema" else ""
-    lines = [
-        f"{figures['split']} split, step {figures['step']}{of}: {figures['tokens']:,} tokens, "
-        f"{figures['bytes']:,} bytes, {run.mesh.size} x {device}",
-        f"  loss            {figures['loss']:9.4f} nats/token",
-        f"  perplexity      {figures['perplexity']:9.3f}",
-        f"  accuracy        {100 * figures['accuracy']:8.2f} %",
-        f"  evaluation      {si(figures['tokens_per_second'], 'tokens/s')}",
-        f"  decoding        {si(figures['decode_tokens_per_second'], 'tokens/s')}",
-        "  bits per byte",
-        *(f"    {name:<13} {value:9.4f}" for name, value in sorted(codes, key=lambda pair: pair[1])),
-        *(f"  note: {note}" for note in result.notes),
-    ]
-    for number, (prompt, new) in enumerate(result.samples):
-        if number == 0:
-            lines += ["prompt:", _indented(prompt)]
-        lines += [f"continuation{f' {number + 1}' if len(result.samples) > 1 else ''}:", _indented(new)]
-    return "\n".join(lines)
-
-
-def document_tokens(text: data.TextData, split: str, count: int, least_bytes: int = 200) -> np.ndarray:
-    """The first `count` tokens of the split's first document of some length, [<= count] int32."""
-    longest = b""
-    for document in itertools.islice(text.raw_bytes(split), 50):
-        if len(document) > len(longest):
-            longest = document
-        if len(longest) >= least_bytes:
-            break
-    return text.tokenizer.encode(longest[: 16 * count].decode("utf-8", errors="ignore"))[:count]
 
 
 def numbers(flag: str, values: list[str] | None) -> tuple[int, ...] | None:
@@ -247,79 +201,22 @@ def _restore(folder: str, config: ml_collections.ConfigDict, run: Run, step: int
     return restored[0], restored[1]
 
 
-def _data_notes(folder: str, config: ml_collections.ConfigDict, text: data.TextData) -> list[str]:
-    """The text may have changed since training (another Python has another standard library)."""
-    trained_on = run_facts(folder).get("data_fingerprint")
-    if trained_on in (None, text.fingerprint):
+def _data_notes(folder: str, config: ml_collections.ConfigDict, dataset: Dataset) -> list[str]:
+    """The data may have changed since training (another Python has another standard library)."""
+    trained_on = workdir.facts(folder).get("data_fingerprint")
+    if trained_on in (None, dataset.fingerprint):
         return []
-    if config.data.tokenizer != "bytes":
+    if config.data.get("tokenizer", "bytes") != "bytes":
         raise ConfigError(
             f"config.data.name = {config.data.name!r}: the text is not the one of the run (sha256 "
-            f"{text.fingerprint[:12]}, the run has {trained_on[:12]}), and "
+            f"{dataset.fingerprint[:12]}, the run has {trained_on[:12]}), and "
             f"a {config.data.tokenizer} vocabulary depends on it. "
             "Restore the run's text."
         )
     return [
-        f"the text differs from the run's (sha256 {text.fingerprint[:12]}, trained on {trained_on[:12]}): "
+        f"the data differ from the run's (sha256 {dataset.fingerprint[:12]}, trained on {trained_on[:12]}): "
         "this split may overlap what the model was trained on"
     ]
-
-
-def _baselines(text: data.TextData, split: str) -> dict[str, float]:
-    values = baselines.baselines(_limited(text.raw_bytes("train")), b"".join(_limited(text.raw_bytes(split))))
-    return {f"{name}_bits_per_byte": values[name] for name in ("unigram", "gzip", "xz")}
-
-
-def _limited(chunks):
-    left = BASELINE_BYTES
-    for chunk in chunks:
-        yield bytes(chunk[:left])
-        left -= len(chunk)
-        if left <= 0:
-            return
-
-
-def _samples(run: Run, text: data.TextData, variables: Any, options: Options):
-    """Returns (((prompt, continuation), ...), new tokens per second of a second, compiled call, notes)."""
-    tokenizer, trained = text.tokenizer, run.config.seq_len
-    if options.prompt is None:
-        prompt = document_tokens(text, options.split, max(1, min(trained // 2, 200)))
-    else:
-        prompt = tokenizer.encode(options.prompt)
-    # documents follow a separator in training, and an empty prompt needs a first token
-    ids = np.concatenate([[tokenizer.eos_id], prompt]).astype(np.int32)
-    wanted = options.max_new_tokens or max(1, min(trained - len(ids), 256))
-    notes = []
-    if len(ids) + wanted > trained:
-        notes.append(f"prompt and continuation have {len(ids) + wanted} tokens, the model was trained on {trained}")
-
-    def decode():
-        result = generate(
-            run.task.model,
-            variables,
-            np.repeat(ids[None], options.num_samples, axis=0),
-            max_new_tokens=wanted,
-            rng=jax.random.key(options.seed),
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            eos_id=tokenizer.eos_id,
-            vocab_size=tokenizer.vocab_size,
-        )
-        return jax.device_get(result)
-
-    with run.context():
-        decode()  # compiles
-        start = time.perf_counter()
-        result = decode()
-        seconds = time.perf_counter() - start
-    shown = readable(tokenizer.decode(prompt))
-    new = [readable(tokenizer.decode(row[:length])) for row, length in zip(result.tokens, result.lengths, strict=True)]
-    return tuple((shown, one) for one in new), float(result.lengths.sum()) / seconds, notes
-
-
-def _indented(text: str) -> str:
-    return "\n".join("    " + line for line in text.splitlines() or [""])
 
 
 def _json_number(value: Any) -> Any:

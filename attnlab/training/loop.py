@@ -15,12 +15,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from attnlab import __version__, data
+from attnlab import __version__, registry
+from attnlab.data import Dataset
 from attnlab.errors import field_error
 from attnlab.training import validation, warm_start, workdir
-from attnlab.training.build import Run, build, padded_vocab
+from attnlab.training.build import Run, build
 from attnlab.training.checkpoint import Checkpoints
-from attnlab.training.config import flatten
 from attnlab.training.mesh import data_shard, global_batch
 from attnlab.training.metrics import MetricsWriter
 from attnlab.training.progress import Progress, binary_size, duration, si
@@ -84,27 +84,26 @@ def train(config: ml_collections.ConfigDict, workdir_path: str) -> dict[str, Any
     lead = jax.process_index() == 0
     build(config)  # every check that needs no data, before anything is written
     notes = workdir.prepare(workdir_path, config, write=lead)
-    text = data.open_text(config)
-    _check_same_text(config, text)
-    run = build(config, vocab_size=padded_vocab(config, text.tokenizer.vocab_size))
+    dataset = registry.get("task", config.task).open_data(config)
+    _check_same_data(config, dataset)
+    run = build(config, outputs=dataset.outputs)
     checkpoints = Checkpoints(workdir_path, config, report=print if lead else lambda _: None)
     try:
-        return _Loop(run, text, checkpoints, workdir_path, notes, lead).run()
+        return _Loop(run, dataset, checkpoints, workdir_path, notes, lead).run()
     finally:
         checkpoints.close()
 
 
 class _Loop:
-    def __init__(self, run: Run, text: Any, checkpoints: Checkpoints, folder: str, notes: list[str], lead: bool):
-        self.config, self.run_, self.text, self.checkpoints = run.config, run, text, checkpoints
+    def __init__(self, run: Run, dataset: Dataset, checkpoints: Checkpoints, folder: str, notes: list[str], lead: bool):
+        self.config, self.run_, self.dataset, self.checkpoints = run.config, run, dataset, checkpoints
         self.folder, self.notes, self.lead = folder, notes, lead
         self.say = (lambda line: print(line, flush=True)) if lead else (lambda line: None)
         self.shardings = {name: spec.sharding for name, spec in run.batch_spec.items()}
-        index, count = data_shard(self.shardings["inputs"], self.config.batch_size)
-        self.loader = text.loader(
+        index, count = data_shard(next(iter(self.shardings.values())), self.config.batch_size)
+        self.loader = dataset.loader(
             "train",
             batch_size=self.config.batch_size,
-            seq_len=self.config.seq_len,
             seed=self.config.seed,
             shuffle=True,
             repeat=True,
@@ -167,7 +166,7 @@ class _Loop:
                 pending = None
             pause = time.perf_counter()
             if save:
-                self.checkpoints.save(step, state, {"data": position, "fingerprint": self.text.fingerprint})
+                self.checkpoints.save(step, state, {"data": position, "fingerprint": self.dataset.fingerprint})
                 saved = step
             if evaluate and not stopping:
                 self._evaluate(step, state)
@@ -198,25 +197,23 @@ class _Loop:
             return
         seconds = self.progress.interval(step)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        tokens = self.config.batch_size * self.config.seq_len
+        unit, units = self.run_.task.unit, self.run_.task.units_per_step
         rate = self.flops / seconds
         peak = _peak_flops(self.run_.mesh.devices.flat[0])
-        values |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "model_flops_per_second": rate}
+        values |= {f"{unit}_per_second": units / seconds, "step_seconds": seconds, "model_flops_per_second": rate}
         if peak:
             values["mfu"] = rate / (peak * self.run_.mesh.size)
         if self.writer:
             self.writer.write(step, values)
         use = f"{100 * values['mfu']:.1f}% MFU" if peak else si(rate, "FLOP/s")
-        self.progress.line(step, f"loss {values['loss']:.4f}  {si(tokens / seconds)} tokens/s  {use}")
+        self.progress.line(step, f"loss {values['loss']:.4f}  {si(units / seconds)} {unit}/s  {use}")
 
     def _evaluate(self, step: int, state: Any) -> None:
-        figures = validation.evaluate(self.run_, state, self.text, "validation", self.config.eval_batches)
+        figures = validation.evaluate(self.run_, state, self.dataset, "validation", self.config.eval_batches)
         self.last_eval = {f"eval/{name}": value for name, value in figures.items()}
         if self.writer:
             self.writer.write(step, self.last_eval)
-        self.progress.note(
-            f"step {step}: validation loss {figures['loss']:.4f} nats/token, {figures['bits_per_byte']:.4f} bits/byte"
-        )
+        self.progress.note(f"step {step}: validation {self.run_.task.summary(figures)}")
 
     def _diverged(self, step: int, fatal: dict[str, float], batch: dict[str, Any]) -> None:
         self.checkpoints.wait()
@@ -260,7 +257,7 @@ class _Loop:
         config, run = self.config, self.run_
         device = run.mesh.devices.flat[0]
         mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
-        tokens = config.batch_size * config.seq_len
+        model, batch = run.task.describe(config)
         processes = jax.process_count()
         facts = {
             "attnlab": __version__,
@@ -271,37 +268,36 @@ class _Loop:
             "num_processes": processes,
             "num_params": run.num_params(),
             "data": config.data.name,
-            "data_fingerprint": self.text.fingerprint,
+            "data_fingerprint": self.dataset.fingerprint,
+            "outputs": self.dataset.outputs,
         }
         if self.lead:
-            self.text.tokenizer.save(os.path.join(self.folder, "tokenizer"))
+            self.dataset.save(self.folder)
             workdir.record(self.folder, config, facts)
-        pattern = dict(flatten(config.model)).get("pattern") or [config.model.mixer]
         self.say(
             f"attnlab {__version__}, jax {jax.__version__}: {self.folder}\n"
             f"  devices  {run.mesh.size} x {device.device_kind} ({device.platform}), {processes} "
             f"process{'es' if processes > 1 else ''}, mesh {mesh}\n"
-            f"  model    {config.model.name}, {' '.join(pattern)}, {config.model.num_layers} layers, width "
-            f"{config.model.dim}: {si(run.num_params())} parameters\n"
-            f"  data     {config.data.name}, {config.data.tokenizer}, sha256 {self.text.fingerprint[:12]}\n"
-            f"  step     {config.batch_size} x {config.seq_len} = {si(tokens)} tokens, "
+            f"  model    {config.model.name}, {model}: {si(run.num_params())} parameters\n"
+            f"  data     {self.dataset.describe()}\n"
+            f"  step     {batch} = {si(run.task.units_per_step)} {run.task.unit}, "
             f"{si(run.task.flops_per_step(run.abstract_state.params), 'FLOP')}; {config.num_train_steps} steps"
         )
         if start:
             self.say(f"resumed from step {start}")
-        for note in self.text.notes:
+        for note in self.dataset.notes:
             self.say(f"  note: {note}")
         for note in self.notes:
             self.say(f"  changed since the run began: {note}")
 
 
-def _check_same_text(config: ml_collections.ConfigDict, text: Any) -> None:
+def _check_same_data(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
     """Every process must see the same content, or the global batch is a mixture that no restart can repeat."""
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils
 
-    mine = np.array([int(text.fingerprint[start : start + 8], 16) for start in (0, 8, 16, 24)], np.uint32)
+    mine = np.array([int(dataset.fingerprint[start : start + 8], 16) for start in (0, 8, 16, 24)], np.uint32)
     different = np.flatnonzero((multihost_utils.process_allgather(mine) != mine).any(axis=-1))
     if different.size:
         raise field_error(

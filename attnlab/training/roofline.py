@@ -78,7 +78,7 @@ def summarise(collectives: Sequence[Collective], mesh: Mesh, topology: Topology)
 
 
 def estimate(
-    cost: Cost, collectives: Sequence[dict[str, Any]], topology: Topology, *, model_flops: float, tokens: int
+    cost: Cost, collectives: Sequence[dict[str, Any]], topology: Topology, *, model_flops: float, units: int
 ) -> dict[str, Any]:
     """Times of one step on one device.
 
@@ -87,11 +87,11 @@ def estimate(
         collectives: as of `summarise`.
         topology: of the run.
         model_flops: of a step over all devices, forward and backward without recomputation.
-        tokens: of a step over all devices.
+        units: tokens or images of a step over all devices.
 
     Returns:
         `compute_seconds`, `memory_seconds`, `collective_seconds`, `step_seconds` = [full overlap, none], `mfu` and
-        `tokens_per_second` likewise, `bound` (what the fully overlapped step waits for), `compiler_seconds` (the
+        `units_per_second` likewise, `bound` (what the fully overlapped step waits for), `compiler_seconds` (the
         compiler's own cycle estimates of its operations, where it makes them), `assumptions`.
     """
     chip = topology.chip
@@ -110,7 +110,7 @@ def estimate(
         "step_seconds": span,
         "bound": bound,
         "mfu": [model_flops / topology.num_devices / chip.peak_flops / seconds for seconds in span],
-        "tokens_per_second": [tokens / seconds for seconds in span],
+        "units_per_second": [units / seconds for seconds in span],
         "compiler_seconds": compiler,
         "peak_flops": chip.peak_flops,
         "hbm_bandwidth": chip.hbm_bandwidth,

@@ -9,8 +9,11 @@ import numpy as np
 
 from attnlab.analysis import attention, report, series, text
 from attnlab.errors import ConfigError, field_error
+from attnlab.methods.fields import layer_pattern
 from attnlab.training import config as config_lib
-from attnlab.training.evaluate import Evaluated, Options, document_tokens, run_facts
+from attnlab.training import workdir
+from attnlab.training.evaluate import Options
+from attnlab.training.evaluate_text import TextEvaluation, document_tokens
 from attnlab.training.progress import si
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -18,7 +21,7 @@ MAP_TOKENS = 96
 MAX_LAYERS, MAX_HEADS = 4, 6  # maps shown by default: at most 24
 
 
-def write(folder: str, result: Evaluated, options: Options) -> pathlib.Path:
+def write(folder: str, result: TextEvaluation, options: Options) -> pathlib.Path:
     """Writes `<folder>/report.html` and returns its path.
 
     Raises:
@@ -44,7 +47,7 @@ def write(folder: str, result: Evaluated, options: Options) -> pathlib.Path:
     return report.write(page, path / "report.html")
 
 
-def head_views(result: Evaluated, options: Options) -> tuple[report.HeadViews | None, list[str]]:
+def head_views(result: TextEvaluation, options: Options) -> tuple[report.HeadViews | None, list[str]]:
     """Attention of the start of a document of the split; None and a note when no layer has maps."""
     run, tokenizer = result.run, result.text.tokenizer
     tokens = document_tokens(result.text, options.split, min(MAP_TOKENS, run.config.seq_len), least_bytes=MAP_TOKENS)
@@ -88,18 +91,18 @@ def _chosen(flag: str, wanted: tuple[int, ...] | None, known: tuple[int, ...], l
     return tuple(wanted)
 
 
-def _summary(result: Evaluated) -> str:
+def _summary(result: TextEvaluation) -> str:
     model = result.run.config.model
-    pattern = ", ".join(config_lib.layer_pattern(model))
+    pattern = ", ".join(layer_pattern(model))
     return (
         f"Decoder of {model.num_layers} layers ({pattern}), width {model.dim}, {model.num_heads} heads; "
         f"{result.run.num_params():,} parameters"
     )
 
 
-def _facts(path: pathlib.Path, result: Evaluated) -> list[tuple[str, str]]:
+def _facts(path: pathlib.Path, result: TextEvaluation) -> list[tuple[str, str]]:
     config, run, text_data = result.run.config, result.run, result.text
-    trained = run_facts(path)
+    trained = workdir.facts(path)
     mesh = f" {TIMES} ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
     tokens = result.figures["step"] * config.batch_size * config.seq_len
     optimizer = config.optimizer

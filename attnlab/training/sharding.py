@@ -29,9 +29,9 @@ def check_rules(rules: Rules, mesh: Mesh) -> None:
                                   f"Use one of {mesh.axis_names}")  # fmt: skip
 
 
-def batch_sharding(mesh: Mesh, rules: Rules, ndim: int) -> NamedSharding:
-    """Sharding of a batch array: rows by `act_batch`, then time by `act_seq`."""
-    names = ("act_batch", "act_seq", *(None,) * ndim)[:ndim]
+def batch_sharding(mesh: Mesh, rules: Rules, axes: Sequence[str], ndim: int) -> NamedSharding:
+    """Sharding of a batch array whose leading axes have the logical names `axes`, as of text: rows, then time."""
+    names = (*axes, *(None,) * ndim)[:ndim]
     return NamedSharding(mesh, nn.logical_to_mesh_axes(names, rules))
 
 

@@ -9,11 +9,10 @@ import jax
 import ml_collections
 from flax import traverse_util
 
-from attnlab import data
 from attnlab.errors import ConfigError, field_error
 from attnlab.methods import lora
 from attnlab.training import workdir
-from attnlab.training.build import Run, build, padded_vocab
+from attnlab.training.build import Run, build
 from attnlab.training.checkpoint import Checkpoints
 from attnlab.training.step import TrainState
 
@@ -38,8 +37,8 @@ def load(run: Run, state: TrainState, folder: str) -> TrainState:
     with config.unlocked():
         config.mesh, config.sharding_rules, config.batch_size = run.config.mesh, run.config.sharding_rules, run.config.batch_size
         config.grad_accum = run.config.grad_accum
-    vocab = padded_vocab(config, data.load_tokenizer(os.path.join(folder, "tokenizer")).vocab_size)
-    other = build(config, devices=list(run.mesh.devices.flat), vocab_size=vocab)
+    outputs = workdir.facts(folder).get("outputs")
+    other = build(config, devices=list(run.mesh.devices.flat), outputs=outputs)
     checkpoints = Checkpoints(folder, config, read_only=True)
     try:
         restored = checkpoints.restore(other.abstract_state)

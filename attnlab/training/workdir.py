@@ -69,6 +69,15 @@ def record(workdir: str, config: ml_collections.ConfigDict, facts: dict[str, Any
     write_atomic(pathlib.Path(workdir) / RUN_FILE, json.dumps(facts, indent=1, sort_keys=True) + "\n")
 
 
+def facts(workdir: str | os.PathLike) -> dict[str, Any]:
+    """What training recorded of the run in `run.json`; nothing when the file is missing or damaged."""
+    try:
+        recorded = json.loads((pathlib.Path(workdir) / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
+
+
 def read_config(workdir: str) -> ml_collections.ConfigDict:
     """Reads `<workdir>/config.json`.
 

@@ -31,7 +31,7 @@ BAD = [
     ({"optimizer.warmup_steps": 12}, "not shorter than config.num_train_steps = 12"),
     ({"data.packing": "pack"}, "did you mean 'packed'"),
     ({"task": "language"}, "did you mean 'language_modeling'"),
-    ({"model.vocab_size": 100}, "smaller than the tokenizer's vocabulary of 257"),
+    ({"model.vocab_size": 100}, "smaller than the vocabulary of the data, 257"),
     ({"profile_steps": (3, 1)}, "is not (first, last)"),
     ({"sharding_rules": (("embd", "fsdp"),)}, "did you mean 'embed'"),
     ({"sharding_rules": (("embed", "fdsp"),)}, "'fdsp' is not a mesh axis"),

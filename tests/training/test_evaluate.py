@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from attnlab.data import open_text
 from attnlab.errors import ConfigError
 from attnlab.training import evaluate, loop, workdir
 from configs import lm
@@ -61,7 +62,7 @@ def test_figures(evaluated, folder, config):
     assert 0 < evaluated["accuracy"] < 1
     assert evaluated["xz_bits_per_byte"] < evaluated["unigram_bits_per_byte"] < 8
     assert len(evaluated["samples"]) == 2 and evaluated["prompt"] == "alpha </script>"
-    size = sum(len(chunk) for chunk in evaluate.data.open_text(config).raw_bytes("test"))
+    size = sum(len(chunk) for chunk in open_text(config).raw_bytes("test"))
     assert evaluated["bytes"] == size
 
 
@@ -93,7 +94,7 @@ def test_command_line_says_what_is_wrong(run_python):
 def test_another_batch_size_is_the_same_model_and_changed_text_is_noted(folder, config, evaluated, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    facts = evaluate.run_facts(folder)
+    facts = workdir.facts(folder)
     assert facts["data_fingerprint"]
     workdir.record(str(copy), workdir.read_config(str(folder)), facts | {"data_fingerprint": "0" * 64})
     other = config.copy_and_resolve_references()
@@ -102,7 +103,7 @@ def test_another_batch_size_is_the_same_model_and_changed_text_is_noted(folder, 
     result = evaluate.evaluate(str(copy), other, evaluate.Options(max_new_tokens=1))
     assert result.figures["loss"] == pytest.approx(evaluated["loss"], rel=1e-5)
     assert (result.figures["tokens"], result.figures["bytes"]) == (evaluated["tokens"], evaluated["bytes"])
-    assert "the text differs from the run's" in evaluate.table(result)
+    assert "the data differ from the run's" in result.table()
 
 
 @pytest.mark.parametrize(

@@ -79,12 +79,12 @@ def test_the_estimate_is_bounded_by_its_parts():
     target = topology.parse("tpu:v5e:2x2")
     cost = costs.Cost(flops=197e12, kernel_flops=19.7e12, bytes=0.0819e12, seconds=1.05, cycles=1.5e9)
     rows = [{"seconds": 0.2}]
-    estimate = roofline.estimate(cost, rows, target, model_flops=4 * 0.8 * 197e12, tokens=1000)
+    estimate = roofline.estimate(cost, rows, target, model_flops=4 * 0.8 * 197e12, units=1000)
     assert estimate["compute_seconds"] == 1.0
     assert estimate["memory_seconds"] == pytest.approx(0.1)
     assert estimate["step_seconds"] == [1.0, 1.25]
     assert estimate["bound"] == "compute"
     assert estimate["mfu"] == pytest.approx([0.8, 0.64])
-    assert estimate["tokens_per_second"] == pytest.approx([1000, 800])
+    assert estimate["units_per_second"] == pytest.approx([1000, 800])
     assert estimate["compiler_seconds"] == pytest.approx(1.1)
     assert all("," in assumption or " " in assumption for assumption in estimate["assumptions"])

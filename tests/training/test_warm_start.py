@@ -7,7 +7,7 @@ from flax import traverse_util
 
 from attnlab.errors import ConfigError
 from attnlab.training import loop, warm_start
-from attnlab.training.build import build, padded_vocab
+from attnlab.training.build import build
 from attnlab.training.checkpoint import Checkpoints
 
 
@@ -19,7 +19,7 @@ def trained(make_tiny, tmp_path_factory):
     config = make_tiny(ema_decay=0.5, **fields)
     loop.train(config, folder)
     checkpoints = Checkpoints(folder, config, read_only=True)
-    state, _, _ = checkpoints.restore(build(config, vocab_size=padded_vocab(config)).abstract_state)
+    state, _, _ = checkpoints.restore(build(config).abstract_state)
     checkpoints.close()
     return folder, traverse_util.flatten_dict(jax.device_get(state.ema))
 
@@ -29,7 +29,7 @@ def test_parameters_come_from_the_other_run(make_tiny, trained, tmp_path, capsys
     fields = {"model.mixer": "sf", "lora.rank": 2, "init_from": folder, "ema_decay": 0.5, "batch_size": 8}
     fields["optimizer.warmup_steps"] = 0
     config = make_tiny(num_train_steps=1, eval_every_steps=1, checkpoint_every_steps=1, **fields)
-    run = build(config, vocab_size=padded_vocab(config))
+    run = build(config)
     fresh = run.init_state()
     state = warm_start.load(run, fresh, folder)
     got, start = (traverse_util.flatten_dict(jax.device_get(tree)) for tree in (state.params, fresh.params))
@@ -49,7 +49,7 @@ def test_parameters_come_from_the_other_run(make_tiny, trained, tmp_path, capsys
 def test_what_does_not_fit_is_refused(make_tiny, trained, tmp_path):
     folder, _ = trained
     config = make_tiny(**{"model.num_layers": 3})
-    run = build(config, vocab_size=padded_vocab(config))
+    run = build(config)
     with pytest.raises(ConfigError, match=r"another model(.|\n)*layers/blocks_0"):
         warm_start.load(run, run.init_state(), folder)
     with pytest.raises(ConfigError, match="is no folder"):
