@@ -25,11 +25,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from attnlab.errors import ConfigError
-from attnlab.ops import sharding
+from attnlab.ops import dispatch, sharding
+from attnlab.ops.chunk_products import decayed_scores, unit_lower_inverse
 from attnlab.types import Array
 
-# Below this size a product of blocks is written as multiply and sum: tiny batched matrix products are all overhead.
-_TINY = 8
+# What a group of chunks may hold, about: a CPU's caches; elsewhere only memory counts.
+_GROUP_BYTES = {"cpu": 4 * 2**20}
+_GROUP_BYTES_ELSEWHERE = 2**30
 
 
 class Contribution(NamedTuple):
@@ -88,7 +90,72 @@ def from_chunks(x: Array, length: int) -> Array:
     return x.transpose(0, 2, 3, 1, 4).reshape(batch, count * chunk, heads, width)[:, :length]
 
 
-@functools.partial(jax.checkpoint, static_argnums=(5,))
+def scan(
+    q: Array,
+    k: Array,
+    v: Array,
+    decay: Array,
+    beta: Array | None,
+    chains: Chains | None,
+    initial: Array | None,
+    axis: Any,
+    precision: Any,
+) -> tuple[Array, Array]:
+    """Runs chains of states through chunks [B, N, n, C, H]: `run_chains` of `contributions`, which describe the arguments.
+
+    Long sequences go through in groups of chunks, so that what chunks contribute need not exist for all of them at once.
+
+    What an accelerator's kernel replaces as a whole: `kernels_pallas` has functions of these arguments and results.
+    """
+    group, count = _group_length(k, v), k.shape[2]
+    if axis is not None or count < 2 * group:
+        parts = jax.checkpoint(contributions, static_argnums=(5,))(q, k, v, decay, beta, precision)
+        return run_chains(parts, chains, initial, axis, precision)
+    return _in_groups((q, k, v, decay, beta), chains, initial, precision, group)
+
+
+def _group_length(k: Array, v: Array) -> int:
+    """Chunks of a group: as many as fit, keys, values, states and scores counted with what is made of them on the way."""
+    batch, heads, _, chunk, rows = k.shape
+    width = v.shape[-1]
+    size = 4 * batch * heads * (chunk * (6 * rows + 4 * width + 3 * chunk) + 2 * rows * width)
+    return max(_GROUP_BYTES.get(dispatch.target_platform(), _GROUP_BYTES_ELSEWHERE) // size, 1)
+
+
+def _in_groups(
+    arrays: tuple[Array | None, ...], chains: Chains | None, initial: Array | None, precision: Any, group: int
+) -> tuple[Array, Array]:
+    """A scan over groups of chunks; the backward pass computes each group again from the states before it."""
+    _, _, count, _, rows = arrays[1].shape
+    width, whole = arrays[2].shape[-1], chains is None
+    chains = _one_chain(arrays[1]) if whole else chains
+    missing = -count % group  # chunks that neither write nor decay
+    fills = (0.0, 0.0, 0.0, 1.0, 0.0)
+
+    def grouped(x: Array | None, axis: int, fill: Any) -> Array | None:
+        if x is None:
+            return None
+        pads = [(0, missing if dim == axis else 0) for dim in range(x.ndim)]
+        x = jnp.pad(x, pads, constant_values=fill)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, group, *x.shape[axis + 1 :]), axis, 0)
+
+    def step(state, xs):
+        *arrays, first, chain = xs
+        parts = contributions(*arrays, precision)
+        state, before, after = _states(parts, chain, first, state, initial, precision)
+        return state, (_read(parts, before, precision), None if whole else after)
+
+    xs = (*(grouped(x, 2, fill) for x, fill in zip(arrays, fills, strict=True)), grouped(chains.first, 1, False),
+          grouped(chains.chain, 1, 0))  # fmt: skip
+    start = jnp.zeros((*arrays[1].shape[:2], rows, width), jnp.float32)
+    state, (out, after) = jax.lax.scan(jax.checkpoint(step), start, xs)
+    out = jnp.moveaxis(out, 0, 2)
+    out = out.reshape(*out.shape[:2], -1, *out.shape[4:])[:, :, :count]
+    if whole:
+        return out, state[:, None]
+    return out, _final(after.reshape(-1, *after.shape[2:]), chains, initial)
+
+
 def contributions(q: Array, k: Array, v: Array, decay: Array, beta: Array | None, precision: Any) -> Contribution:
     """Computes what each chunk contributes; the backward pass computes it again.
 
@@ -114,139 +181,6 @@ def contributions(q: Array, k: Array, v: Array, decay: Array, beta: Array | None
     return Contribution(out[..., :width], read - out[..., width:], keep, state[..., width:], state[..., :width])
 
 
-def decayed_scores(
-    queries: tuple[Array, ...], k: Array, decay: Array, precision: Any
-) -> tuple[list[Array], list[Array], Array, Array]:
-    """Lower triangular products q_i (prod_{j < m <= i} a_m) k_j of a chunk, and the decayed sides.
-
-    Args:
-        queries: each [..., C, H].
-        k: [..., C, H].
-        decay: factors a, [..., C, H] or [..., C, 1].
-        precision: of the products.
-
-    Returns:
-        scores [..., C, C] per query array, zero above the diagonal; queries times the decay since the chunk's start (their own
-        included); keys times the decay up to the chunk's end; the decay of the whole chunk [..., H or 1].
-    """
-    # One leading axis: the CPU compiler of jax 0.10 crashes on sums of products of seven and more axes.
-    lead = k.shape[:-2]
-    queries, k, decay = (tuple(_merge(q) for q in queries), _merge(k), _merge(decay))
-    results = _decayed_scores(queries, k, decay, precision)
-    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), results)
-
-
-def _merge(x: Array) -> Array:
-    return x.reshape(-1, *x.shape[-2:])
-
-
-def _decayed_scores(
-    queries: tuple[Array, ...], k: Array, decay: Array, precision: Any
-) -> tuple[list[Array], list[Array], Array, Array]:
-    if decay.shape[-1] == 1:
-        ratio, since, until, total = _decay_ratios(decay[..., 0])
-        scores = [jnp.einsum("...ih,...jh->...ij", q, k, precision=precision) * ratio for q in queries]
-        return scores, [q * since for q in queries], k * until, total
-    chunk = k.shape[-2]
-    # Blocks of one token; `arrive` and `leave` are decayed from the block's start and to its end.
-    scores = [jnp.sum(q * k, axis=-1)[..., None, None] for q in queries]
-    arrive = [(q * decay)[..., None, :] for q in queries]
-    leave, total = k[..., None, :], decay[..., None, :]
-    while leave.shape[-2] < chunk:
-        first, _ = _pairs(leave)
-        scores = [
-            _lower(*_pairs(part), _transposed_product(_pairs(side)[1], first, precision))
-            for part, side in zip(scores, arrive, strict=True)
-        ]
-        total_first, total_second = _pairs(total)
-        onward = jnp.ones_like(total_first)
-        arrive = [_scale_pairs(side, onward, total_first) for side in arrive]
-        leave = _scale_pairs(leave, total_second, onward)
-        total = total_first * total_second
-    return [part[..., 0, :, :] for part in scores], [side[..., 0, :, :] for side in arrive], leave[..., 0, :, :], total[..., 0, 0, :]
-
-
-def _decay_ratios(decay: Array) -> tuple[Array, Array, Array, Array]:
-    """Products of [..., C] factors: over (j, i] as [..., C, C], from the start, to the end, and over all [..., 1]."""
-    ratio = jnp.ones_like(decay)[..., None, None]
-    since = total = decay[..., None, None]  # [..., blocks, size, 1]
-    until = jnp.ones_like(since)
-    while until.shape[-2] < decay.shape[-1]:
-        ratio = _lower(*_pairs(ratio), _pairs(since)[1] * _pairs(until)[0].swapaxes(-1, -2))
-        total_first, total_second = _pairs(total)
-        onward = jnp.ones_like(total_first)
-        since, until = _scale_pairs(since, onward, total_first), _scale_pairs(until, total_second, onward)
-        total = total_first * total_second
-    return ratio[..., 0, :, :], since[..., 0, :, :], until[..., 0, :, :], total[..., 0, 0, :]
-
-
-def _pairs(x: Array) -> tuple[Array, Array]:
-    """Splits the block axis of [..., blocks, s, H] into first and second blocks of each pair."""
-    x = x.reshape(*x.shape[:-3], x.shape[-3] // 2, 2, *x.shape[-2:])
-    return x[..., 0, :, :], x[..., 1, :, :]
-
-
-def _scale_pairs(x: Array, first: Array, second: Array) -> Array:
-    """Joins pairs of blocks [..., blocks, s, H] to [..., blocks / 2, 2 s, H], each half times a factor [..., blocks / 2, 1, H]."""
-    *lead, blocks, size, width = x.shape
-    x = x.reshape(*lead, blocks // 2, 2, size, width) * jnp.stack([first, second], axis=-3)
-    return x.reshape(*lead, blocks // 2, 2 * size, width)
-
-
-def _lower(first: Array, second: Array, below: Array) -> Array:
-    """[[first, 0], [below, second]] of square blocks."""
-    top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-    return jnp.concatenate([top, jnp.concatenate([below, second], axis=-1)], axis=-2)
-
-
-def _transposed_product(a: Array, b: Array, precision: Any) -> Array:
-    """a b^T of [..., s, H] blocks."""
-    if a.shape[-2] < _TINY:
-        return jnp.sum(a[..., :, None, :] * b[..., None, :, :], axis=-1)
-    return jnp.einsum("...ih,...jh->...ij", a, b, precision=precision)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def unit_lower_inverse(lower: Array, precision: Any = None) -> Array:
-    """(I + lower)^-1 of strictly lower triangular [..., C, C], C a power of two.
-
-    By halves, X = [[X1, 0], [-X2 L21 X1, X2]], as stable as forward substitution. (The shorter product of I + (-L)^(2^i) is not:
-    with repeated keys its powers grow beyond float32 before they vanish.)
-    """
-    return _inverse(_merge(lower), precision).reshape(lower.shape)
-
-
-def _inverse(lower: Array, precision: Any) -> Array:
-    size = lower.shape[-1]
-    if size == 1:
-        return jnp.ones_like(lower)
-    half = size // 2
-    both = _inverse(jnp.concatenate([lower[:, :half, :half], lower[:, half:, half:]]), precision)
-    first, second = jnp.split(both, 2)
-    below = _product(second, _product(lower[:, half:, :half], first, precision), precision)
-    return _lower(first, second, -below)
-
-
-def _product(a: Array, b: Array, precision: Any) -> Array:
-    if a.shape[-1] < _TINY:
-        return jnp.sum(a[..., :, :, None] * b[..., None, :, :], axis=-2)
-    return jnp.matmul(a, b, precision=precision)
-
-
-def _inverse_forward(lower: Array, precision: Any) -> tuple[Array, Array]:
-    inverse = unit_lower_inverse(lower, precision)
-    return inverse, inverse
-
-
-def _inverse_backward(precision: Any, inverse: Array, cotangent: Array) -> tuple[Array]:
-    turned = jnp.swapaxes(inverse, -1, -2)
-    product = jnp.matmul(jnp.matmul(turned, cotangent, precision=precision), turned, precision=precision)
-    return (-jnp.tril(product, -1),)
-
-
-unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
-
-
 def run_chains(
     parts: Contribution, chains: Chains | None, initial: Array | None, axis: Any, precision: Any
 ) -> tuple[Array, Array]:
@@ -263,27 +197,38 @@ def run_chains(
     Returns:
         outputs [B, N, n, C, Hv], and the states after each chain [B, S, N, Hk, Hv] (of the whole sequence, on every device).
     """
-    batch, _, count = parts.add.shape[:3]
-    if chains is None:
-        index = jnp.arange(count, dtype=jnp.int32)[None].repeat(batch, axis=0)
-        chains = Chains(jnp.zeros_like(index), index == 0, jnp.full((batch, 1), count - 1, jnp.int32))
+    chains = _one_chain(parts.add) if chains is None else chains
     if axis is not None:
         initial, final = _exchange(parts, chains, initial, axis, precision)
-        before, _ = _states(parts, chains, initial, precision)
-    else:
-        before, final = _states(parts, chains, initial, precision)
-    return parts.local + jnp.einsum("bncik,bnckv->bnciv", parts.read, before, precision=precision), final
+    start = jnp.zeros_like(parts.add[:, :, 0])
+    _, before, after = _states(parts, chains.chain, chains.first, start, initial, precision)
+    return _read(parts, before, precision), _final(after, chains, initial) if axis is None else final
 
 
-def _states(parts: Contribution, chains: Chains, initial: Array | None, precision: Any) -> tuple[Array, Array]:
-    """Returns the states before each chunk [B, N, n, Hk, Hv] and after each chain [B, S, N, Hk, Hv]."""
-    batch = parts.add.shape[0]
+def _one_chain(chunks: Array) -> Chains:
+    """Each row of chunks [B, N, n, ...] as one chain."""
+    batch, _, count = chunks.shape[:3]
+    index = jnp.arange(count, dtype=jnp.int32)[None].repeat(batch, axis=0)
+    return Chains(jnp.zeros_like(index), index == 0, jnp.full((batch, 1), count - 1, jnp.int32))
+
+
+def _read(parts: Contribution, before: Array, precision: Any) -> Array:
+    return parts.local + jnp.einsum("bncik,bnckv->bnciv", parts.read, before, precision=precision)
+
+
+def _states(
+    parts: Contribution, chain: Array, first: Array, state: Array, initial: Array | None, precision: Any
+) -> tuple[Array, Array, Array]:
+    """Passes a state [B, N, Hk, Hv] along chunks; chains that start take theirs from `initial`.
+
+    Returns:
+        The last state, those before each chunk [B, N, n, Hk, Hv], and those after each chunk [n, B, N, Hk, Hv].
+    """
     chunks_first = lambda x: None if x is None else jnp.moveaxis(x, 2, 0)  # noqa: E731
-    first = chains.first.T[:, :, None, None, None]
     start = None
     if initial is not None:
-        rows = jnp.arange(batch)[:, None]
-        start = jnp.where(chains.first[..., None, None, None], initial[rows, chains.chain], 0.0).swapaxes(0, 1)
+        rows = jnp.arange(chain.shape[0])[:, None]
+        start = jnp.where(first[..., None, None, None], initial[rows, chain], 0.0).swapaxes(0, 1)
 
     def step(state, chunk):
         first, start, keep, mix, add = chunk
@@ -293,14 +238,16 @@ def _states(parts: Contribution, chains: Chains, initial: Array | None, precisio
             new = new - jnp.einsum("bnkl,bnlv->bnkv", mix, state, precision=precision)
         return new, (state, new)
 
-    xs = (first, start, *map(chunks_first, (parts.keep, parts.mix, parts.add)))
-    _, (before, after) = jax.lax.scan(step, jnp.zeros_like(parts.add[:, :, 0]), xs)
-    final = after[jnp.maximum(chains.last, 0), jnp.arange(batch)[:, None]]
-    empty = (chains.last < 0)[..., None, None, None]
-    final = jnp.where(empty, 0.0 if initial is None else initial, final)
-    if chains.cleared is not None:
-        final = jnp.where(chains.cleared[..., None, None, None], 0.0, final)
-    return jnp.moveaxis(before, 0, 2), final
+    xs = (first.T[:, :, None, None, None], start, *map(chunks_first, (parts.keep, parts.mix, parts.add)))
+    state, (before, after) = jax.lax.scan(step, state, xs)
+    return state, jnp.moveaxis(before, 0, 2), after
+
+
+def _final(after: Array, chains: Chains, initial: Array | None) -> Array:
+    """States after each chain [B, S, N, Hk, Hv], of those after each chunk [n, B, N, Hk, Hv]."""
+    final = after[jnp.maximum(chains.last, 0), jnp.arange(after.shape[1])[:, None]]
+    final = jnp.where((chains.last < 0)[..., None, None, None], 0.0 if initial is None else initial, final)
+    return final if chains.cleared is None else jnp.where(chains.cleared[..., None, None, None], 0.0, final)
 
 
 def _exchange(
@@ -317,10 +264,11 @@ def _exchange(
     padded = parts._replace(add=jnp.pad(parts.add, [(0, 0)] * 4 + [(0, columns.shape[-1])]))
     probe = jnp.concatenate([jnp.zeros((rows, width)), columns], axis=-1)
     probe = jnp.broadcast_to(probe, (batch, chain_count, heads, rows, width + columns.shape[-1]))
-    _, after = _states(padded, chains, probe, precision)
-    gathered = jax.lax.all_gather(after, axis)
+    _, _, after = _states(padded, chains.chain, chains.first, jnp.zeros_like(padded.add[:, :, 0]), probe, precision)
+    ends = _final(after, chains, probe)
+    gathered = jax.lax.all_gather(ends, axis)
 
-    state = jnp.zeros_like(after[..., :width]) if initial is None else initial
+    state = jnp.zeros_like(ends[..., :width]) if initial is None else initial
     starts = []
     for device in range(gathered.shape[0]):
         starts.append(state)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attnlab.errors import ConfigError
-from attnlab.ops import chunk_scan, linear_scan
+from attnlab.ops import chunk_products, chunk_scan, linear_scan
 from attnlab.ops.linear_scan import gated_delta_scan, gated_linear_scan
 
 KINDS = {
@@ -98,6 +98,37 @@ def test_forms_and_gradients_are_equal(kind, length):
         results, gradients = with_gradients(kind, arrays, form, chunk, ct)
         assert_all_equal(results, expected, 3e-5)
         assert_all_equal(gradients, want, 5e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "delta"])
+def test_groups_of_chunks_are_one_scan(kind, monkeypatch):
+    """Seven chunks in groups of two, with and without a table of chains: the values and gradients of one piece."""
+    length = 100
+    arrays, ct = draw(length, KINDS[kind][1]), cotangents(length)
+    want = with_gradients(kind, arrays, "recurrent", 16, ct)
+    monkeypatch.setattr(chunk_scan, "_group_length", lambda k, v: 2)
+    assert_all_equal(with_gradients(kind, arrays, "chunked", 16, ct), want, 5e-5)
+
+    index = np.asarray([[0, 0, 1, 1, 1, 3, 3], [0, 1, 1, 2, 2, 2, 0]], np.int32)
+    first = np.asarray([[1, 0, 1, 0, 0, 1, 0], [1, 1, 0, 1, 0, 0, 0]], bool)
+    last = np.asarray([[1, 4, -1, 6], [0, 2, 5, -1]], np.int32)
+    table = chunk_scan.Chains(*map(jnp.asarray, (index, first, last, last == 4)))
+    q, k, v, g, beta, _ = arrays
+    starts = jax.random.normal(jax.random.key(3), (B, 4, N, HK, HV))
+
+    def run(arrays, group):
+        monkeypatch.setattr(chunk_scan, "_group_length", lambda k, v: group)
+        beta = arrays[4] if kind == "delta" else None
+        return chunk_scan.scan(*arrays[:4], beta, table, arrays[5], None, jax.lax.Precision.HIGHEST)
+
+    chunks = [chunk_scan.to_chunks(x, 16) for x in (q, k, v)]
+    decay = chunk_scan.to_chunks(jnp.exp(g if g.ndim == 4 else g[..., None]), 16, fill=1.0)
+    inputs = (*chunks, decay, chunk_scan.to_chunks(beta[..., None], 16), starts)
+    results = []
+    for group in (2, 100):
+        out, pullback = jax.jit(lambda inputs, group=group: jax.vjp(lambda x: run(x, group), inputs))(inputs)
+        results.append((out, pullback(jax.tree.map(jnp.cos, out))))
+    assert_all_equal(*results, 5e-5)
 
 
 @pytest.mark.parametrize("kind", ["linear", "delta"])
@@ -202,7 +233,7 @@ def test_inverse_of_unit_lower_triangles():
         value, pullback = jax.vjp(fn, x)
         return value, pullback(ct)[0]
 
-    have, gradient = run(chunk_scan.unit_lower_inverse, lower)
+    have, gradient = run(chunk_products.unit_lower_inverse, lower)
     _, plain = run(lambda x: jnp.linalg.inv(jnp.eye(16) + x), lower)
     np.testing.assert_allclose(have, want, atol=2e-5)
     np.testing.assert_allclose(gradient, np.tril(plain, -1), atol=1e-3, rtol=1e-3)
