@@ -3,7 +3,7 @@
 Roy et al., "Efficient Content-Based Sparse Attention with Routing Transformers" (TACL 2021, arXiv 2003.05997).
 
     python train.py --config=configs/routing_transformer.py --workdir=runs/routing
-    python train.py --config=configs/routing_transformer.py:pg19 --aot=tpu:v5e:8x8
+    python train.py --config=configs/routing_transformer.py:pg19 --aot=tpu:v5e:4x8
     python train.py --config=configs/routing_transformer.py:small --workdir=runs/routing_small
 
 Presets (`--config=configs/routing_transformer.py:NAME`), the published sizes and recipe (Adafactor, rsqrt schedule):
@@ -55,7 +55,7 @@ def published(name: str):
     model.norm, model.tie_embeddings, model.remat = "layernorm", False, "full"
     _mix(config, routing_heads, clusters, block, skipped)
     _adafactor(config, warmup_steps=10_000)
-    config.mesh.data, config.mesh.fsdp = 1, -1
+    config.mesh.data, config.mesh.fsdp = (-1, 8) if name == "pg19" else (1, -1)  # a width of 1032 has few divisors
     if name.startswith("enwik8"):
         config.data.name = "text:enwik8"
     elif name == "wikitext103":

@@ -23,8 +23,8 @@ KERNELS = {"forward": ("forward", ""), "online": ("forward", ", running maximum"
 def candidates(kernel: str) -> list[list[Any]]:
     """Tiles to try; the fields of `Tiles`."""
     rows = [[512, BLOCK, 0, False], [256, BLOCK, 1, False], [128, BLOCK, 2, False]]
-    if kernel == "online":
-        return [[*tiles, False] for tiles in rows]
+    if kernel == "online":  # always staged, and whole rows before the first product: few rows at a time
+        return [[rows, columns, depth, False] for rows in (96, 128) for columns in (128, 256) for depth in (1, 2, 3)]
     columns = [[512, 256, 1, True], [512, 128, 1, True]]
     return [[*tiles, staged] for tiles in rows + columns for staged in (False, True)]
 

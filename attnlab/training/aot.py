@@ -80,6 +80,7 @@ def analyse(built: Run, target: topology.Topology) -> dict[str, Any]:
     }
     model_flops = float(built.task.flops_per_step(state.params))
     units = built.task.units_per_step
+    visible = visible_pairs(built)
     started = time.perf_counter()
     compiled, decisions, refusal = compile_step(built, target)
     report: dict[str, Any] = {
@@ -112,7 +113,6 @@ def analyse(built: Run, target: topology.Topology) -> dict[str, Any]:
         needed, memory = compiled_bytes(compiled, target)
         report["memory_analysis"] = memory
         report["fits"] = target.chip.platform == "tpu" or needed <= limit  # the TPU compiler has judged already
-        visible = visible_pairs(built)
         rates = costs.Rates(target.chip.peak_flops, target.chip.hbm_bandwidth)
         cost = costs.program_cost(
             hlo.parse(compiled.as_text()), target.num_devices, rates, visible_pairs=visible
@@ -197,8 +197,11 @@ def visible_pairs(built: Run) -> float:
         mixer = model.make_mixer(entry)
         if hasattr(mixer, "sequence_flops") and hasattr(mixer, "causal"):
             everything = {"causal": False} | ({"window": None} if hasattr(mixer, "window") else {})
-            full = mixer.clone(parent=None, **everything).sequence_flops(length)
-            shares.append(mixer.sequence_flops(length) / full)
+            try:
+                full = mixer.clone(parent=None, **everything).sequence_flops(length)
+            except ConfigError:  # causal by nature: a state computes no pairs that it would hide
+                full = mixer.sequence_flops(length)
+            shares.append(min(mixer.sequence_flops(length) / full, 1.0))
     return sum(shares) / len(shares) if shares else 1.0
 
 

@@ -70,7 +70,7 @@ class Spec:
         table_batch: 1 or B, of the list of steps.
         table_groups: 1, K or N.
         forward: tiles of the forward kernel, in FULL and in PARTIAL blocks.
-        online: the same where the softmax needs a running maximum (whole rows; only `rows` and `depth` count).
+        online: the same where the softmax needs a running maximum (`depth` counts rows of sub-tiles; always staged).
         dq: tiles of the dq kernel, alike.
         dkv: tiles of the dk, dv kernel (rows are keys), alike.
         interpret: run in Pallas' interpreter.

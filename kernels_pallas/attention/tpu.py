@@ -13,6 +13,7 @@ For every query block the listed key blocks stream through; the result accumulat
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -104,6 +105,18 @@ def stage_of(tiles: tuple[Tiles, Tiles], masked: bool, rows: int, columns: int, 
     first = len(sub_tiles(tiles[0], rows, columns)) * count if masked and tiles[0].staged else 0
     parts = len(sub_tiles(tiles[masked], rows, columns)) if tiles[masked].staged else 0
     return [refs[first + part * count : first + (part + 1) * count] for part in range(parts)]
+
+
+def row_blocks(tiles: Tiles, rows: int, columns: int) -> list[list[tuple[slice, slice]]]:
+    """The sub-tiles of `tiles`, rows by rows."""
+    parts = sub_tiles(tiles._replace(column_major=False), rows, columns)
+    return [list(group) for _, group in itertools.groupby(parts, key=lambda part: part[0].start)]
+
+
+def score_stages(tiles: tuple[Tiles, Tiles], rows: int, columns: int) -> list[Any]:
+    """Scratch shapes of the scores of FULL, then of PARTIAL blocks, one per sub-tile (see `stages`)."""
+    parts = [part for one in tiles for blocks in row_blocks(one, rows, columns) for part in blocks]
+    return [pltpu.VMEM((r.stop - r.start + _STAGE_ROWS, c.stop - c.start), jnp.float32) for r, c in parts]
 
 
 def hidden_zero(kind: Any) -> Any:
@@ -231,7 +244,8 @@ def _forward_kernel(*refs: Any, spec: Spec, steps: int) -> None:
     vectors = len(spec.vectors)
     counts = {"steps": 1, "bounded": int(softmax), "q": 1, "k": 1, "v": 1, "slopes": int(spec.alibi)}
     counts |= {"q_vectors": vectors, "kv_vectors": vectors, "out": 1, "lse": int(softmax), "acc": 1}
-    counts |= {"maximum": int(softmax), "total": int(softmax), "columns_vectors": vectors}
+    scores = len(score_stages(spec.online, spec.block_q, spec.block_kv)) if softmax else 0
+    counts |= {"maximum": int(softmax), "total": int(softmax), "shrink": int(softmax), "scores": scores, "columns_vectors": vectors}
     named = split_refs(spec, refs, counts)
     staged = refs[sum(counts.values()) :]
     q, k, v, acc, total, maximum = (named[name] for name in ("q", "k", "v", "acc", "total", "maximum"))
@@ -279,24 +293,46 @@ def _forward_kernel(*refs: Any, spec: Spec, steps: int) -> None:
         pipelined(spec.forward[masked], spec.block_q, spec.block_kv, produce, consume, stage, hidden_zero(kind))
 
     def online(masked):
-        tiles = spec.online[masked]._replace(columns=spec.block_kv, staged=False)
+        """Scores wait in VMEM until the maximum of their rows is known; `produce` is a few rows ahead of `consume`."""
+        tiles = spec.online[masked]
+        blocks = row_blocks(tiles, spec.block_q, spec.block_kv)
+        across_row = len(blocks[0])
+        held = named["scores"][-len(blocks) * across_row :] if masked else named["scores"]
 
-        def produce(rows, columns):
-            scores, mask = scores_of(rows, columns, masked)
-            if mask is not None:
-                scores = jnp.where(mask, scores, MASKED)
+        def produce(at):
+            peak, rows = None, blocks[at][0][0]
+            for (rows, columns), ref in zip(blocks[at], held[at * across_row :], strict=False):
+                scores, mask = scores_of(rows, columns, masked)
+                if mask is not None:
+                    scores = jnp.where(mask, scores, MASKED)
+                ref[: scores.shape[0], :] = scores
+                largest = _fold_lanes(scores, jnp.maximum)
+                peak = largest if peak is None else jnp.maximum(peak, largest)
             before = maximum[rows, :]
-            largest = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
+            largest = jnp.maximum(before, jnp.max(peak, axis=1, keepdims=True))
             maximum[rows, :] = largest
-            return scores, largest, jnp.exp2(before - largest)
+            named["shrink"][rows, :] = jnp.exp2(before - largest)
 
-        def consume(rows, columns, scores, largest, shrink):
-            weights = jnp.exp2(scores - across(largest, scores.shape[1]))
-            total[rows, :] = total[rows, :] * shrink + _fold_lanes(weights)
-            update = product(weights.astype(v.dtype), v[columns, :], NN)
-            acc[rows, :] = acc[rows, :] * across(shrink, spec.width) + update
+        def consume(at):
+            zero = hidden_zero(kind)
+            for i, (rows, columns) in enumerate(blocks[at]):
+                height, width = rows.stop - rows.start, columns.stop - columns.start
+                scores = held[at * across_row + i][pl.ds(zero, height), :]
+                weights = jnp.exp2(scores - across(maximum[rows, :], width))
+                summed, update = _fold_lanes(weights), product(weights.astype(v.dtype), v[columns, :], NN)
+                if i == 0:
+                    shrink = named["shrink"][rows, :]
+                    total[rows, :] = total[rows, :] * shrink + summed
+                    acc[rows, :] = acc[rows, :] * across(shrink, spec.width) + update
+                else:
+                    total[rows, :] += summed
+                    acc[rows, :] += update
 
-        pipelined(tiles, spec.block_q, spec.block_kv, produce, consume)
+        for at in range(len(blocks) + tiles.depth):
+            if at < len(blocks):
+                produce(at)
+            if at >= tiles.depth:
+                consume(at - tiles.depth)
 
     for masked, wanted in ((False, schedule.FULL), (True, schedule.PARTIAL)):
         if not softmax:
@@ -321,10 +357,10 @@ def _forward_kernel(*refs: Any, spec: Spec, steps: int) -> None:
         named["lse"][...] = to_row(jnp.where(some, largest + jnp.log2(summed), jnp.inf))
 
 
-def _fold_lanes(x: jax.Array) -> jax.Array:
-    """Sums columns [n, m * LANES] to [n, LANES], lane by lane."""
+def _fold_lanes(x: jax.Array, join: Any = jnp.add) -> jax.Array:
+    """Sums (or joins) columns [n, m * LANES] to [n, LANES], lane by lane."""
     parts = [x[:, at : at + LANES] for at in range(0, x.shape[1], LANES)]
-    return functools.reduce(jnp.add, parts)
+    return functools.reduce(join, parts)
 
 
 def side_specs(spec: Spec, arrays: dict[str, Any], block: int, block_of: Any) -> list[pl.BlockSpec]:
@@ -402,7 +438,7 @@ def forward(
         out_specs.append(
             pl.BlockSpec((None, None, 1, spec.block_q), lambda b, n, l, *rest: (b, n, 0, q_block(b, n, l, *rest)))
         )
-        scratch += [statistic, statistic]
+        scratch += [statistic] * 3 + score_stages(spec.online, spec.block_q, spec.block_kv)
     scratch += [pltpu.VMEM((spec.block_q, LANES), jnp.int32) for _ in spec.vectors]
     scratch += stages(spec.forward, spec.block_q, spec.block_kv, v.dtype, 1)
     prefetched = [steps.reshape(-1)] + ([bounded.reshape(-1)] if softmax else [])
