@@ -12,23 +12,32 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from attnlab.data.packing import Rows
 from attnlab.errors import ConfigError, field_error
 
 _STATE_VERSION = 1
 _PREFETCH = 4  # batches ready ahead of the step
 
 
+class Rows(Protocol):
+    """Random access to the rows of one split, for example those of `attnlab.data.packing`; picklable."""
+
+    def __len__(self) -> int:
+        """Number of rows in an epoch."""
+
+    def read(self, records: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the arrays [b, ...] of the records int64 [b]; record = epoch * len(self) + row, negative = padding."""
+
+
 class Loader:
     """Iterator over the batches of one split, for one process of `shard_count`.
 
-    Yields dicts of numpy arrays of the local batch b = batch_size // shard_count: `inputs`, `targets` int32 [b, T],
-    `mask` bool [b, T] (True = counts in the loss), `record` int64 [b] (epoch * rows per epoch + row, -1 = padding row)
-    and, when packed, `segment_ids` (0 = padding) and `positions` int32 [b, T].
+    Yields dicts of numpy arrays of the local batch b = batch_size // shard_count: what the rows give (of text: `inputs`,
+    `targets` int32 [b, T], `mask` bool [b, T] (True = counts in the loss) and, when packed, `segment_ids` (0 = padding)
+    and `positions` int32 [b, T]), and `record` int64 [b] (epoch * rows per epoch + row, -1 = padding row).
 
     Args:
         rows: random access to the rows of the split.
@@ -39,8 +48,10 @@ class Loader:
         repeat: endless epochs, a batch may span two; else one epoch whose last batch is filled up with rows of mask
             False.
         shard_index, shard_count: this process and the number of processes.
-        workers: processes that prepare batches; 0 = a thread.
-        describe_row: names the text of a record.
+        workers: processes that prepare batches; 0 = threads.
+        threads: that prepare batches, where there are no workers (more than one where rows are dear, as photographs).
+        describe_row: names the text or image of a record.
+        content: the array whose hash `describe` gives.
 
     Raises:
         ConfigError: the batch size does not divide by the number of processes, or bad seed or workers.
@@ -58,7 +69,9 @@ class Loader:
         shard_index: int = 0,
         shard_count: int = 1,
         workers: int = 0,
+        threads: int = 1,
         describe_row: Callable[[int], str] | None = None,
+        content: str = "inputs",
     ):
         if not 0 <= shard_index < shard_count:
             raise ValueError(f"shard_index must be in 0..{shard_count - 1}, got {shard_index}")
@@ -71,7 +84,6 @@ class Loader:
             )
         self._identity = {
             **identity,
-            "seq_len": rows.seq_len,
             "batch_size": int(batch_size),
             "seed": int(seed),
             "shuffle": bool(shuffle),
@@ -80,8 +92,8 @@ class Loader:
         self._batches = _Batches(
             rows, batch_size, seed, shuffle, repeat, shard_index, shard_count, str(identity["split"])
         )
-        self._workers = workers
-        self._describe_row = describe_row
+        self._workers, self._threads = workers, threads
+        self._describe_row, self._content = describe_row, content
         self._step = 0
         self._iterator: Any = None
 
@@ -110,7 +122,7 @@ class Loader:
 
         batches = grain.MapDataset.source(_From(self._batches, self._step))
         if self._workers == 0:
-            return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)))
+            return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=_PREFETCH)))
         _mark_flags_as_parsed()
         dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
             grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=_PREFETCH),
@@ -169,10 +181,10 @@ class Loader:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def describe(self, batch: Mapping[str, Any]) -> str:
-        """Returns one sentence that identifies a batch: data, epoch, records, first texts, hash of the tokens."""
+        """Returns one sentence that identifies a batch: data, epoch, records, first texts, hash of the content."""
         records = np.asarray(batch["record"]).tolist()
         real = [record for record in records if record >= 0]
-        tokens = np.ascontiguousarray(np.asarray(batch["inputs"], np.int32))
+        content = np.ascontiguousarray(batch[self._content])
         epochs = sorted({record // self.rows_per_epoch for record in real})
         shown = ", ".join(map(str, records[:8])) + (", ..." if len(records) > 8 else "")
         places = [self._describe_row(record) for record in real[:2]] if self._describe_row else []
@@ -180,7 +192,7 @@ class Loader:
             f"{self._identity['data']} {self._identity['split']}, epoch {' and '.join(map(str, epochs)) or '-'}, "
             f"records {shown}"
             + (f" (the first: {' | '.join(places)})" if places else "")
-            + f", tokens sha256 {hashlib.sha256(tokens.tobytes()).hexdigest()[:12]}"
+            + f", {self._content} sha256 {hashlib.sha256(content.tobytes()).hexdigest()[:12]}"
         )
 
 
