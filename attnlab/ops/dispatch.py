@@ -65,6 +65,7 @@ class _Entry(NamedTuple):
 
 _tables: dict[str, dict[str, _Entry]] = {}
 _target: contextvars.ContextVar[tuple[str, str | None] | None] = contextvars.ContextVar("target", default=None)
+_portable: contextvars.ContextVar[bool] = contextvars.ContextVar("portable", default=False)
 _interpret: contextvars.ContextVar[bool] = contextvars.ContextVar("interpret", default=False)
 _record: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar("record", default=None)
 
@@ -117,6 +118,24 @@ def target(platform: str, device_kind: str | None = None) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Ops choose among the implementations that run on every platform, unless one is named: no kernels, nothing opaque.
+
+    For what reads the traced program, such as counting its FLOPs.
+    """
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
+
+
+def is_portable() -> bool:
+    """Tells whether the present trace is in `portable`."""
+    return _portable.get()
 
 
 def target_platform() -> str:
@@ -237,6 +256,8 @@ def _resolve(entry: _Entry, platform: str, named: bool) -> tuple[Implementation 
     """Returns the implementation behind an entry, or None and the reason why it is out of question here."""
     if platform not in entry.platforms and not (named and interpreting()):
         return None, f"runs on {' and '.join(entry.platforms)}, and this is {platform}"
+    if _portable.get() and not named and set(entry.platforms) != set(PLATFORMS):
+        return None, f"runs on {' and '.join(entry.platforms)} only, and what runs everywhere is asked for"
     if not isinstance(entry.target, str):
         return entry.target, ""
     module, _, symbol = entry.target.partition(":")

@@ -12,6 +12,7 @@ delta rule: Yang et al., 2024, arXiv 2412.06464. Implementations of both, all eq
     chunked     matrix products within chunks, a scan over chunks (`attnlab.ops.chunk_scan`)
     parallel    one chunk that holds the whole sequence: [T, T] products, for short sequences and for study
     pallas      the chunks in one kernel that carries the state in fast memory (`kernels_pallas/state_scan`), on TPU
+    triton      kernels for the chunks and for the states between them (`kernels_pallas/state_scan_triton`), on NVIDIA GPUs
 
 Where a mesh splits the sequence (axis `context`), every device scans its own part, states are exchanged once, and the result
 is that of one device.
@@ -86,7 +87,7 @@ def gated_linear_scan(
             that belongs to the first segment.
         mask: False = padding. Padding neither writes nor decays, and its output is zero.
         chunk_size: a power of two.
-        implementation: "pallas", "chunked", "recurrent" or "parallel"; None takes the best that can (`ops.explain`).
+        implementation: "pallas", "triton", "chunked", "recurrent" or "parallel"; None takes the best that can (`ops.explain`).
 
     Returns:
         o in the type of v, and the state after the last token, float32.
@@ -259,18 +260,18 @@ def _recurrent(call: ScanCall) -> tuple[Array, Array]:
     return out.swapaxes(0, 1).astype(call.dtype), state
 
 
-def _chunked(call: ScanCall) -> tuple[Array, Array]:
+def chunked(call: ScanCall, scan: Any = chunk_scan.scan, fit: Any = chunk_scan.fit_chunk) -> tuple[Array, Array]:
+    """Computes a call with `scan`, a function like `chunk_scan.scan`, over chunks of `fit(call.chunk, length)` tokens."""
     args = (call.q, call.k, call.v, call.decay, call.beta, call.initial)
 
     def local(q, k, v, decay, beta, initial, axis):
         length = q.shape[1]
-        chunk = chunk_scan.fit_chunk(call.chunk, length)
+        chunk = fit(call.chunk, length)
         q, k, v = (chunk_scan.to_chunks(x, chunk) for x in (q, k, v))
         decay = chunk_scan.to_chunks(decay, chunk, fill=1.0)
         beta = None if beta is None else chunk_scan.to_chunks(beta, chunk)
-        parts = chunk_scan.contributions(q, k, v, decay, beta, call.precision)
         initial = None if initial is None else initial[:, None]
-        out, state = chunk_scan.run_chains(parts, None, initial, axis, call.precision)
+        out, state = scan(q, k, v, decay, beta, None, initial, axis, call.precision)
         return chunk_scan.from_chunks(out, length).astype(call.dtype), state[:, 0]
 
     token = "BTNH"
@@ -279,7 +280,7 @@ def _chunked(call: ScanCall) -> tuple[Array, Array]:
 
 def _parallel(call: ScanCall) -> tuple[Array, Array]:
     length = call.q.shape[1]
-    return _chunked(dataclasses.replace(call, chunk=1 << max(length - 1, 0).bit_length()))
+    return chunked(dataclasses.replace(call, chunk=1 << max(length - 1, 0).bit_length()))
 
 
 def _defer_chunked(call: ScanCall) -> str | None:
@@ -295,6 +296,7 @@ def _refuse_parallel(call: ScanCall) -> str | None:
 
 for _op in ("gated_linear_scan", "gated_delta_scan"):
     dispatch.register(_op, "pallas", "kernels_pallas.state_scan.implementation:IMPLEMENTATION", platforms=("tpu",))
-    dispatch.register(_op, "chunked", dispatch.Implementation(_chunked, defer=_defer_chunked))
+    dispatch.register(_op, "triton", "kernels_pallas.state_scan_triton.implementation:IMPLEMENTATION", platforms=("gpu",))
+    dispatch.register(_op, "chunked", dispatch.Implementation(chunked, defer=_defer_chunked))
     dispatch.register(_op, "recurrent", dispatch.Implementation(_recurrent))
     dispatch.register(_op, "parallel", dispatch.Implementation(_parallel, refuse=_refuse_parallel))

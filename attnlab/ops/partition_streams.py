@@ -97,6 +97,11 @@ def sort_entries(index: Int[Array, "B T k"], partitions: int, valid: Bool[Array,
     return Order(jnp.argsort(flat, axis=1, stable=True).astype(jnp.int32), sizes)
 
 
+def chunk_count(entries: int, partitions: int, chunk: int) -> int:
+    """Returns the number of chunks that hold so many entries however they are spread over the partitions."""
+    return max((entries + partitions * (chunk - 1)) // chunk, 1)
+
+
 def lay_out(
     index: Int[Array, "B T k"], partitions: int, chunk: int, valid: Bool[Array, "B T"] | None = None
 ) -> Streams:
@@ -116,7 +121,7 @@ def lay_out(
     start = end - chunks
     offset = jnp.cumsum(order.sizes, axis=1) - order.sizes  # in sorted entries
 
-    count = max((entries + partitions * (chunk - 1)) // chunk, 1)
+    count = chunk_count(entries, partitions, chunk)
     number = jnp.arange(count, dtype=jnp.int32)
     chain = jnp.minimum(jnp.sum(end[:, None, :] <= number[:, None], axis=-1, dtype=jnp.int32), partitions - 1)
     first = (jnp.take_along_axis(start, chain, axis=1) == number) & (jnp.take_along_axis(chunks, chain, axis=1) > 0)

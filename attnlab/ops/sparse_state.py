@@ -13,7 +13,8 @@ that cancels p but for the epsilon, so only the balance loss trains the router.
 
 Implementations: "varlen" sorts tokens by partition and scans each partition's own tokens, work O((1 + k) T) whatever P; it
 needs w == r == k. "mask" repeats all tokens for every partition, work O((1 + P) T). "recurrent" goes token by token and touches
-only the partitions of the token: the reference, and the step of decoding.
+only the partitions of the token: the reference, and the step of decoding. "pallas" (TPU) and "triton" (NVIDIA GPUs) are "varlen"
+with the scan over chunks as a kernel.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from attnlab.ops import chunk_scan, dispatch, partition_streams
 from attnlab.ops.linear_scan import CHUNK, decay_factors, l2_normalize, only, segment_starts, valid_tokens
 from attnlab.types import Array, Bool, Float, Int
 
+_OP = "sparse_state_attention"
 _STATIC = {"static": True}
 
 
@@ -170,7 +172,7 @@ def sparse_state_attention(
         segment_ids: all states are cleared where the id changes; 0 is padding.
         mask: False = padding: neither writes nor decays, output zero.
         chunk_size: a power of two.
-        implementation: "varlen", "mask" or "recurrent"; None takes the best that can (`ops.explain`).
+        implementation: "pallas", "triton", "varlen", "mask" or "recurrent"; None takes the best that can (`ops.explain`).
 
     Returns:
         o in the type of v, and the states after the last token, float32.
@@ -219,7 +221,7 @@ def sparse_state_attention(
         dtype=v.dtype,
         precision=jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else None,
     )
-    return dispatch.call("sparse_state_attention", implementation, call)
+    return dispatch.call(_OP, implementation, call)
 
 
 def _chosen(index: Int[Array, "... k"], size: int) -> Bool[Array, "... size"]:
@@ -235,17 +237,9 @@ def _over_mesh(call: SparseCall, local: Any) -> tuple[Array, Array]:
     rest = (*call.routing, call.valid, call.reset, call.initial)
 
     def run(*args, axis):
-        count = len(_NAMES)
-        probability, write_index, read_index, valid, reset, initial = args[count:]
-        part = dataclasses.replace(
-            call,
-            **dict(zip(_NAMES, args[:count], strict=True)),
-            routing=Routing(probability, write_index, read_index),
-            valid=valid,
-            reset=reset,
-            initial=initial,
-        )
-        out, state = local(part, axis)
+        *routing, valid, reset, initial = args[len(_NAMES) :]
+        named = dict(zip(_NAMES, args, strict=False), routing=Routing(*routing), valid=valid, reset=reset, initial=initial)
+        out, state = local(dataclasses.replace(call, **named), axis)
         return out.astype(call.dtype), state
 
     layouts = ("BTNH",) * len(_NAMES) + ("BTP",) * 3 + ("BT",) * 2 + ("BSNKV",)
@@ -281,19 +275,22 @@ def _mask(call: SparseCall, axis: Any) -> tuple[Array, Array]:
     chunk = chunk_scan.fit_chunk(call.chunk, length)
     q, k, v = (chunk_scan.to_chunks(x, chunk) for x in (q, k, v))
     beta = None if beta is None else chunk_scan.to_chunks(beta, chunk)
-    parts = chunk_scan.contributions(q, k, v, chunk_scan.to_chunks(decay, chunk, fill=1.0), beta, call.precision)
-    rows, width = parts.add.shape[-2:]
-    initial = call.initial
-    initial = None if initial is None else initial.reshape(batch, 1, copies * heads, rows, width)
-    out, state = chunk_scan.run_chains(parts, None, initial, axis, call.precision)
+    decay = chunk_scan.to_chunks(decay, chunk, fill=1.0)
+    rows, width = q.shape[-1], v.shape[-1]
+    initial = None if call.initial is None else call.initial.reshape(batch, 1, copies * heads, rows, width)
+    out, state = chunk_scan.scan(q, k, v, decay, beta, None, initial, axis, call.precision)
     out = chunk_scan.from_chunks(out, length).reshape(batch, length, copies, heads, width).sum(axis=2)
     return out, state.reshape(batch, copies, heads, rows, width)
 
 
-def _varlen(call: SparseCall, axis: Any) -> tuple[Array, Array]:
+def varlen(call: SparseCall, scan: Any = chunk_scan.scan, fit: Any = chunk_scan.fit_chunk) -> tuple[Array, Array]:
+    """Computes a call with `scan`, a function like `chunk_scan.scan`, over chunks of `fit(call.chunk, length)` tokens."""
+    return _over_mesh(call, lambda part, axis: _varlen(part, axis, scan, fit(call.chunk, part.q_shared.shape[1])))
+
+
+def _varlen(call: SparseCall, axis: Any, scan: Any, chunk: int) -> tuple[Array, Array]:
     """The shared stream and the sorted, padded streams of the partitions, in one scan over chunks."""
     length = call.q_shared.shape[1]
-    chunk = chunk_scan.fit_chunk(call.chunk, length)
     streams = partition_streams.lay_out(call.routing.write_index, call.partitions, chunk, call.valid)
     factor = jnp.take_along_axis(call.routing.probability, call.routing.write_index, axis=-1)
     factor = streams.of_entries(factor)[..., None, None]
@@ -314,16 +311,18 @@ def _varlen(call: SparseCall, axis: Any) -> tuple[Array, Array]:
         both = (chunk_scan.to_chunks(shared, chunk, fill), chunk_scan.to_chunks(sparse, chunk, fill))
         return jnp.concatenate(both, axis=2)
 
-    parts = chunk_scan.contributions(
+    shared_chunks = max(-(-length // chunk), 1)
+    out, state = scan(
         together(q_shared, q),
         together(k_shared, k),
         together(call.v, spread(call.v)),
         together(decay_shared, decay, 1.0),
         None if call.beta_shared is None else together(call.beta_shared, spread(call.beta_sparse)),
+        streams.chains(shared_chunks, call.reset),
+        call.initial,
+        axis,
         call.precision,
     )
-    shared_chunks = max(-(-length // chunk), 1)
-    out, state = chunk_scan.run_chains(parts, streams.chains(shared_chunks, call.reset), call.initial, axis, call.precision)
     shared, sparse = jnp.split(out, [shared_chunks], axis=2)
     sparse = partition_streams.collapse(chunk_scan.from_chunks(sparse, streams.used.shape[1]), streams)
     return chunk_scan.from_chunks(shared, length) + sparse, state
@@ -372,7 +371,14 @@ def _recurrent(call: SparseCall, axis: Any = None) -> tuple[Array, Array]:
     return out.swapaxes(0, 1).astype(call.dtype), state
 
 
-def _refuse_varlen(call: SparseCall) -> str | None:
+def varlen_chunks(call: SparseCall, chunk: int) -> int:
+    """Returns how many chunks of `chunk` tokens a row has in `varlen`."""
+    length, choices = call.routing.write_index.shape[1:]
+    return max(-(-length // chunk), 1) + partition_streams.chunk_count(length * choices, call.partitions, chunk)
+
+
+def refuse_varlen(call: SparseCall) -> str | None:
+    """Says why sorted streams cannot do a call, or None."""
     writers, readers = call.routing.write_index.shape[-1], call.routing.read_index.shape[-1]
     if writers != readers:
         return f"sorted streams need as many writers as readers, and there are {writers} and {readers}"
@@ -383,14 +389,8 @@ def _defer_chunks(call: SparseCall) -> str | None:
     return "one or two tokens are quicker one by one" if call.q_shared.shape[1] <= 2 else None
 
 
-for _name, _local in (("varlen", _varlen), ("mask", _mask)):
-    dispatch.register(
-        "sparse_state_attention",
-        _name,
-        dispatch.Implementation(
-            lambda call, _local=_local: _over_mesh(call, _local),
-            refuse=_refuse_varlen if _name == "varlen" else lambda call: None,
-            defer=_defer_chunks,
-        ),
-    )
-dispatch.register("sparse_state_attention", "recurrent", dispatch.Implementation(_recurrent))
+dispatch.register(_OP, "pallas", "kernels_pallas.state_scan.implementation:SPARSE", platforms=("tpu",))
+dispatch.register(_OP, "triton", "kernels_pallas.state_scan_triton.implementation:SPARSE", platforms=("gpu",))
+dispatch.register(_OP, "varlen", dispatch.Implementation(varlen, refuse_varlen, _defer_chunks))
+dispatch.register(_OP, "mask", dispatch.Implementation(lambda call: _over_mesh(call, _mask), defer=_defer_chunks))
+dispatch.register(_OP, "recurrent", dispatch.Implementation(_recurrent))

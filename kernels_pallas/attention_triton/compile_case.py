@@ -61,9 +61,6 @@ def compile_case(case: dict[str, Any]) -> Report:
     """Compiles the kernel that a call would run; the keys of `case` are those of `DEFAULTS`."""
     import jax
     import jax.numpy as jnp
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from kernels_pallas.attention_triton import kernels, tuning, vjp
 
@@ -108,16 +105,31 @@ def compile_case(case: dict[str, Any]) -> Report:
     arrays = jax.eval_shape(arguments, q, k, slopes, vjp.Indices(*vectors, index))
     if case["tile"] is not None:
         tuning.lookup = lookup
-    function = getattr(kernels, f"{case['kind']}_kernel")
+    return compile_kernel(getattr(kernels, f"{case['kind']}_kernel"), arrays, constants, case["capability"])
+
+
+def compile_kernel(function: Any, arrays: Any, constants: dict[str, Any], capability: int) -> Report:
+    """Compiles a Triton kernel.
+
+    Args:
+        function: the kernel.
+        arrays: its array arguments, only shapes and types of which count.
+        constants: its other arguments, with what `launch.call` takes by name.
+        capability: compute capability, 90 for Hopper.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = dict(constants)
     types = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
-    names = function.arg_names
-    signature = {name: types[x.dtype.name] for name, x in zip(names, arrays, strict=False)}
+    signature = {name: types[x.dtype.name] for name, x in zip(function.arg_names, arrays, strict=False)}
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(arrays))}
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     constants.pop("programs")
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", case["capability"], 32)
+    target = GPUTarget("cuda", capability, 32)
     options["enable_fp_fusion"] = True  # as jax-triton does
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder  # jax-triton, once imported, leaves Triton without a place for what it compiles

@@ -55,9 +55,10 @@ def call(
     num_stages: int,
     interpret: bool,
     device_kind: str | None,
+    module: str = _KERNELS,
     **constants: Any,
 ) -> list[jax.Array]:
-    """Calls a kernel of kernels.py with a grid of one dimension.
+    """Calls a kernel with a grid of one dimension.
 
     Args:
         kernel: its name.
@@ -68,18 +69,20 @@ def call(
         num_stages: depth of its software pipelines.
         interpret: run on the host.
         device_kind: compile for this GPU where none is present.
+        module: where the kernel is; of its imports only Triton, and of Triton only builtins (`_interpreted`).
         **constants: its `tl.constexpr` arguments.
 
     Returns:
         The results in order.
     """
     if interpret:
-        run = functools.partial(_interpret, kernel, tuple(out), programs, constants)
+        run = functools.partial(_interpret, module, kernel, tuple(out), programs, constants)
         return jax.pure_callback(run, list(out), *arrays, vmap_method="sequential")
     use_assembler_of_cuda()
     import jax_triton
 
-    module = importlib.import_module(_KERNELS)
+    function = getattr(importlib.import_module(module), kernel)
+    family = module.split(".")[-2].removesuffix("_triton")
     parameters = inspect.signature(jax_triton.triton_call).parameters
     shapes = {"out_type" if "out_type" in parameters else "out_shape": list(out)}  # renamed in jax-triton 0.4
     if jax.default_backend() != "gpu":
@@ -91,8 +94,8 @@ def call(
     def launch(*arrays):
         return jax_triton.triton_call(
             *arrays,
-            kernel=getattr(module, kernel),
-            name=f"attention_{kernel}",
+            kernel=function,
+            name=f"{family}_{kernel}",
             grid=(programs,),
             num_warps=num_warps,
             num_stages=num_stages,
@@ -168,27 +171,27 @@ class _HostArray:
 
 
 @functools.cache
-def _interpreted() -> types.ModuleType:
-    """kernels.py once more, its functions made for the interpreter."""
+def _interpreted(module: str) -> types.ModuleType:
+    """A module of kernels once more, its functions made for the interpreter."""
     import triton
 
-    spec = importlib.util.find_spec(_KERNELS)
-    spec = importlib.util.spec_from_file_location(_KERNELS + "_interpreted", spec.origin)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    spec = importlib.util.find_spec(module)
+    spec = importlib.util.spec_from_file_location(module + "_interpreted", spec.origin)
+    twin = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = twin
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
-    return module
+        spec.loader.exec_module(twin)
+    return twin
 
 
 def _interpret(
-    kernel: str, out: tuple[jax.ShapeDtypeStruct, ...], programs: int, constants: dict[str, Any], *arrays: Any
+    module: str, kernel: str, out: tuple[jax.ShapeDtypeStruct, ...], programs: int, constants: dict[str, Any], *arrays: Any
 ) -> list[np.ndarray]:
     # The interpreter multiplies bfloat16 by its bits: widen on the way in, narrow on the way out.
     given = [np.array(x, np.float32 if x.dtype.name == "bfloat16" else None, order="C") for x in map(np.asarray, arrays)]
     results = [np.zeros(x.shape, np.float32 if x.dtype.name == "bfloat16" else x.dtype) for x in out]
     with _one_at_a_time, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        function = getattr(_interpreted(), kernel)  # devices come here in threads of their own, and one imports
+        function = getattr(_interpreted(module), kernel)  # devices come here in threads of their own, and one imports
         function[(programs,)](*map(_HostArray, [*given, *results]), **constants)
     return [x.astype(like.dtype) for x, like in zip(results, out, strict=True)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+import functools
+from typing import Any
 
-from attnlab.ops import chunk_scan, dispatch
+from attnlab.ops import chunk_scan, dispatch, linear_scan, sharding, sparse_state
 from attnlab.ops.linear_scan import ScanCall
+from attnlab.ops.sparse_state import SparseCall
 from attnlab.types import Array
 from kernels_pallas.state_scan.vjp import LARGEST_CHUNK, SMALLEST_CHUNK, refusal, sharded_scan
 
@@ -16,23 +17,18 @@ def chunk_length(chunk: int, length: int) -> int:
     return min(max(chunk_scan.fit_chunk(chunk, length), SMALLEST_CHUNK), LARGEST_CHUNK)
 
 
+def _kernel(**options: Any) -> Any:
+    return functools.partial(sharded_scan, interpret=dispatch.interpreting(), **options)
+
+
 def scan_pallas(call: ScanCall) -> tuple[Array, Array]:
     """Computes a call of `gated_linear_scan` or `gated_delta_scan`."""
-    stream = jnp.float32 if call.precision == jax.lax.Precision.HIGHEST else jnp.bfloat16
+    return linear_scan.chunked(call, _kernel(out_dtype=call.dtype), chunk_length)
 
-    def local(q, k, v, decay, beta, initial, axis):
-        length = q.shape[1]
-        chunk = chunk_length(call.chunk, length)
-        q, k, v = (chunk_scan.to_chunks(x.astype(stream), chunk) for x in (q, k, v))
-        decay = chunk_scan.to_chunks(decay, chunk, fill=1.0)
-        beta = None if beta is None else chunk_scan.to_chunks(beta, chunk)
-        initial = None if initial is None else initial[:, None]
-        options = {"out_dtype": call.dtype, "interpret": dispatch.interpreting()}
-        out, state = sharded_scan(q, k, v, decay, beta, None, initial, axis, call.precision, **options)
-        return chunk_scan.from_chunks(out, length), state[:, 0]
 
-    args = (call.q, call.k, call.v, call.decay, call.beta, call.initial)
-    return chunk_scan.over_mesh(local, args, ("BTNH",) * 5 + ("BNKV",), ("BTNH", "BNKV"))
+def sparse_pallas(call: SparseCall) -> tuple[Array, Array]:
+    """Computes a call of `sparse_state_attention`: the sorted streams of `varlen`."""
+    return sparse_state.varlen(call, _kernel(), chunk_length)
 
 
 def refuse(call: ScanCall) -> str | None:
@@ -41,11 +37,23 @@ def refuse(call: ScanCall) -> str | None:
     return refusal(rows=call.q.shape[-1], width=call.v.shape[-1], chunk=chunk, dtype=call.dtype)
 
 
-def defer(call: ScanCall) -> str | None:
+def refuse_sparse(call: SparseCall) -> str | None:
+    """Says why the kernels or sorted streams cannot do a call, or None."""
+    batch, length, _, rows = call.q_shared.shape
+    chunk = chunk_length(call.chunk, length)
+    entries = -(-batch // sharding.shard_count("batch")) * sparse_state.varlen_chunks(call, chunk)
+    return sparse_state.refuse_varlen(call) or refusal(
+        rows=rows, width=call.v.shape[-1], chunk=chunk, dtype=call.dtype, entries=entries
+    )
+
+
+def defer(call: ScanCall | SparseCall) -> str | None:
     """Says why another implementation serves better, or None."""
-    if call.q.shape[1] < SMALLEST_CHUNK:
-        return f"{call.q.shape[1]} tokens: a chunk of the kernel has at least {SMALLEST_CHUNK}"
-    return "no TPU has timed it against 'chunked' yet; name it to have it"
+    length = call.v.shape[1]
+    if length < SMALLEST_CHUNK:
+        return f"{length} tokens: a chunk of the kernel has at least {SMALLEST_CHUNK}"
+    return "no TPU has timed it against the chunks in XLA yet; name it to have it"
 
 
 IMPLEMENTATION = dispatch.Implementation(scan_pallas, refuse, defer)
+SPARSE = dispatch.Implementation(sparse_pallas, refuse_sparse, defer)

@@ -67,7 +67,7 @@ def state_scan(
     exact = precision == jax.lax.Precision.HIGHEST
     stream = jnp.float32 if exact else jnp.bfloat16
     channel = decay.shape[-1] > 1
-    log_decay = jnp.where(decay < _TINY, RESET, jnp.log(jnp.maximum(decay, _TINY)))
+    log_decay = log_factors(decay)
     numbers = ([] if channel else [log_decay]) + ([] if beta is None else [beta])
     inputs = Inputs(
         q=_pad(q.astype(stream)),
@@ -102,6 +102,11 @@ def state_scan(
     return out[..., :width], final
 
 
+def log_factors(decay: jax.Array) -> jax.Array:
+    """Logarithms of decay factors in [0, 1], `RESET` for those below 1e-30."""
+    return jnp.where(decay < _TINY, RESET, jnp.log(jnp.maximum(decay, _TINY)))
+
+
 def sharded_scan(
     q: jax.Array,
     k: jax.Array,
@@ -112,25 +117,28 @@ def sharded_scan(
     initial: jax.Array | None,
     axis: Any,
     precision: Any,
+    *,
+    scan: Any = state_scan,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs `state_scan` where the manual mesh axis (or axes) `axis` splits the sequence; `axis` None = it does not.
+    """Runs a scan where the manual mesh axis (or axes) `axis` splits the sequence; `axis` None = it does not.
 
     Every device first runs its chunks from probes: empty states, beside which extra value columns carry the identity (delta
     rule) or ones (diagonal decays) along and end as the map from a state before the device's part to one after. Maps and
     states are gathered and folded, and each device runs again from the state that reaches it.
 
-    Arguments and results are those of `state_scan`; the final states are those of the whole sequence, on every device.
+    Arguments and results are those of `scan`, a function like `state_scan` that gets the `options` too; the final states are
+    those of the whole sequence, on every device.
     """
     if axis is None:
-        return state_scan(q, k, v, decay, beta, chains, initial, precision, **options)
+        return scan(q, k, v, decay, beta, chains, initial, precision, **options)
     batch, heads, rows, width = *k.shape[:2], k.shape[-1], v.shape[-1]
     count = 1 if chains is None else chains.last.shape[1]
     columns = jnp.ones((rows, 1)) if beta is None else jnp.eye(rows)
     probe = jnp.concatenate([jnp.zeros((rows, width)), columns], axis=-1)
     probe = jnp.broadcast_to(probe, (batch, count, heads, *probe.shape))
     wide = jnp.pad(v, [(0, 0)] * 4 + [(0, columns.shape[-1])])
-    _, after = state_scan(q, k, wide, decay, beta, chains, probe, precision, **options)
+    _, after = scan(q, k, wide, decay, beta, chains, probe, precision, **options)
     state = jnp.zeros_like(after[..., :width]) if initial is None else initial
     starts = []
     for part in jax.lax.all_gather(after, axis):
@@ -141,7 +149,7 @@ def sharded_scan(
         else:
             state = alone + jnp.einsum("bsnkl,bsnlv->bsnkv", onward, state, precision=precision)
     start = jnp.stack(starts)[jax.lax.axis_index(axis)]
-    return state_scan(q, k, v, decay, beta, chains, start, precision, **options)[0], state
+    return scan(q, k, v, decay, beta, chains, start, precision, **options)[0], state
 
 
 def refusal(*, rows: int, width: int, chunk: int, dtype: Any, entries: int = 0) -> str | None:

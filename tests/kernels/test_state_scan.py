@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attnlab import ops
-from attnlab.ops import chunk_scan, dispatch
+from attnlab.ops import chunk_scan, dispatch, sparse_state
 from attnlab.ops.linear_scan import l2_normalize
 from kernels_pallas.state_scan import sharded_scan, state_scan
 from kernels_pallas.state_scan.chunk import unit_lower_inverses
@@ -133,6 +133,25 @@ def test_a_split_sequence_continues():
     assert_close((out.reshape(want.shape), final[0], final[1]), (want, state, state), 5e-6)
 
 
+def test_sparse_states_equal_the_sorted_streams_in_xla():
+    """Ragged partitions, one of them without tokens, segments, padding and states that go on."""
+    q, k, v, decay, beta = draw((1, 30, 1), channel=False)
+    q2, k2, _, decay2, beta2 = draw((1, 30, 1), channel=False, seed=1)
+    logits = (2.0 * jax.random.normal(jax.random.key(2), (1, 30, 4))).at[..., 3].set(-9.0)
+    initial = jax.random.normal(jax.random.key(3), (1, 5, 1, HK, HV))
+    betas = {"beta_shared": beta[..., 0], "beta_sparse": beta2[..., 0]}
+
+    def op(implementation, logits, initial, betas, *arrays):
+        options = {"chunk_size": 16, "implementation": implementation, **masks(1, 30), **betas}
+        return ops.sparse_state_attention(*arrays, sparse_state.route(logits, 2, 2), initial_state=initial, **options)
+
+    arrays = (logits, initial, betas, q, q2, k, k2, v, decay[..., 0], decay2[..., 0])
+    with dispatch.interpreted():
+        have = jit(functools.partial(pulled, functools.partial(op, "pallas")))(*arrays)
+    want = jax.jit(functools.partial(pulled, functools.partial(op, "varlen")))(*arrays)
+    assert_close(have, want, 2e-5)
+
+
 @pytest.mark.parametrize("size", [16, 64])
 def test_inverses_are_stable(size):
     """Triangles that are close to singular in float32 for other methods: repeated keys, three of them side by side."""
@@ -158,5 +177,8 @@ def test_refusals_and_choice():
             given = [jax.ShapeDtypeStruct(shape, dtype)] * 3
             with pytest.raises(NotImplementedError, match=reason):
                 ops.explain(ops.gated_linear_scan, *given, implementation="pallas")
+        sparse = [*[arrays[0]] * 7, sparse_state.route(jnp.zeros((1, 32, 4)), 1, 2)]
+        with pytest.raises(NotImplementedError, match="as many writers as readers"):
+            ops.explain(ops.sparse_state_attention, *sparse, implementation="pallas")
     with pytest.raises(NotImplementedError, match="runs on tpu"):
         ops.explain(ops.gated_linear_scan, *arrays, implementation="pallas")
