@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from attnlab.errors import ConfigError, nearest
 from attnlab.models.lm import REMAT_POLICIES
+from attnlab.models.options import from_options
 from attnlab.nn.bilevel_routing import BiLevelRoutingAttention
 from attnlab.nn.norm import LayerScale
 from attnlab.nn.partitioning import constrain
@@ -42,6 +43,7 @@ class BiFormerBlock(nn.Module):
         before_attn_dwconv: kernel of the first branch; 0 = there is none.
         variant: of `BiLevelRoutingAttention`.
         attention: its other keyword arguments.
+        capture_attention: of both kinds of attention.
         norm: "layernorm" or "batchnorm".
         pre_norm: norms stand before attention and MLP, not after their residual sums.
         layer_scale: initial value of LayerScale on both; 0 = none.
@@ -56,6 +58,7 @@ class BiFormerBlock(nn.Module):
     before_attn_dwconv: int = 3
     variant: str = "legacy"
     attention: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    capture_attention: bool = False
     norm: str = "layernorm"
     pre_norm: bool = True
     layer_scale: float = 0.0
@@ -92,11 +95,11 @@ class BiFormerBlock(nn.Module):
             lepe = "input" if self.topk == -2 else "value" if self.variant == "nchw" else None
             return GlobalAttention(
                 self.dim, self.dense_heads, lepe=lepe, side_dwconv=self.side_dwconv,
-                capture_attention=self.attention.get("capture_attention", False), name="attention", **types,
+                capture_attention=self.capture_attention, name="attention", **types,
             )(x)  # fmt: skip
         return BiLevelRoutingAttention(
             self.dim, self.num_heads, topk=self.topk, side_dwconv=self.side_dwconv, variant=self.variant,
-            name="attention", **types, **self.attention,
+            capture_attention=self.capture_attention, name="attention", **types, **self.attention,
         )(x)[0]  # fmt: skip
 
 
@@ -133,6 +136,7 @@ class BiFormer(nn.Module):
         scan_layers: one compiled block per stage, scanned; else one after another. The same numbers.
         remat: what the backward pass keeps of a block, a name of `models.lm.REMAT_POLICIES`; the choice of regions is
             always kept.
+        capture_attention: every attention sows its weights and routes to `intermediates`.
     """
 
     num_classes: int = 1000
@@ -154,6 +158,7 @@ class BiFormer(nn.Module):
     drop_path: float = 0.0
     scan_layers: bool = True
     remat: str = "none"
+    capture_attention: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -167,6 +172,11 @@ class BiFormer(nn.Module):
         if size not in SIZES:
             raise ConfigError(f"size = {size!r}: unknown, {nearest(size, SIZES)}")
         return cls(**{**SIZES[size], **changes})
+
+    @classmethod
+    def from_config(cls, model: Any, num_classes: int, image_shape: tuple[int, int, int]) -> BiFormer:
+        """Builds the module from `config.model`; any image shape does whose maps the regions divide."""
+        return from_options(cls, model, num_classes=num_classes)
 
     def setup(self) -> None:
         """Declares the parts; called by flax."""
@@ -233,7 +243,7 @@ class BiFormer(nn.Module):
             "attention": attention,
             **{name: getattr(self, name) for name in (
                 "dense_heads", "side_dwconv", "before_attn_dwconv", "variant", "norm", "pre_norm", "layer_scale", "dtype",
-                "param_dtype",
+                "param_dtype", "capture_attention",
             )},
         }  # fmt: skip
         if not self.scan_layers:

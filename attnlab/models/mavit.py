@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attnlab.errors import ConfigError, nearest
+from attnlab.models.options import from_options
 from attnlab.nn.magnitude_aware import MagnitudeAwareMapAttention
 from attnlab.nn.norm import LayerNorm, LayerScale
 from attnlab.nn.partitioning import constrain
@@ -154,6 +155,11 @@ class MAViT(nn.Module):
     capture_attention: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+
+    @classmethod
+    def from_config(cls, model: Any, num_classes: int, image_shape: tuple[int, int, int]) -> MAViT:
+        """Builds the module from `config.model`; any image shape does."""
+        return from_options(cls, model, num_classes=num_classes)
 
     def setup(self) -> None:
         """Declares the parts; called by flax."""

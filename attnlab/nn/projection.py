@@ -21,12 +21,14 @@ class Projection(nn.Module):
         names: logical names of the kernel's axes.
         inputs: how many leading axes of the kernel are contracted with the last of x.
         use_bias: adds `bias`, of the shape of the output axes.
+        kernel_init: initializer; None = normal with `INIT_STD`.
     """
 
     shape: tuple[int, ...]
     names: tuple[str, ...]
     inputs: int = 1
     use_bias: bool = False
+    kernel_init: Any = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -34,7 +36,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., *inputs] to [..., *outputs] in `dtype` (default: that of x)."""
         dtype = self.dtype or x.dtype
-        init = nn.initializers.normal(INIT_STD)
+        init = self.kernel_init or nn.initializers.normal(INIT_STD)
         kernel = self.param("kernel", named(init, *self.names), self.shape, self.param_dtype)
         contracted = tuple(range(self.inputs))
         last = tuple(range(x.ndim - self.inputs, x.ndim))

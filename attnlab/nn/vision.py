@@ -166,6 +166,8 @@ class ConvStem(nn.Module):
         last_norm: batch norm after the last one too.
         padding: as of `Conv`.
         norm: keyword arguments of `BatchNorm`.
+        kernel_init: as of `Conv`.
+        bias_init: alike.
     """
 
     features: tuple[int, ...]
@@ -173,6 +175,8 @@ class ConvStem(nn.Module):
     last_norm: bool = True
     padding: Padding | None = None
     norm: Any = None
+    kernel_init: Any = None
+    bias_init: Any = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -180,9 +184,10 @@ class ConvStem(nn.Module):
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Maps [B, Y, X, C] to [B, y, x, D]."""
         last = len(self.features) - 1
+        inits = {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         for i, (features, stride) in enumerate(zip(self.features, self.strides, strict=True)):
-            x = Conv(features, (3, 3), stride, self.padding, name=f"conv_{i}", **types)(x)
+            x = Conv(features, (3, 3), stride, self.padding, name=f"conv_{i}", **inits, **types)(x)
             if i < last or self.last_norm:
                 norm = BatchNorm(**dict(self.norm or {}), param_dtype=self.param_dtype, name=f"norm_{i}")
                 x = norm(x, deterministic=deterministic)
@@ -196,7 +201,7 @@ class Downsample(nn.Module):
 
     Attributes:
         features: output channels.
-        kernel: of the convolution.
+        kernel: of the convolution, one number for both dimensions of a map or one for each of (frames,) rows, columns.
         stride: alike.
         norm: "batchnorm", "layernorm" or None.
         norm_first: the norm comes before the convolution.
@@ -205,8 +210,8 @@ class Downsample(nn.Module):
     """
 
     features: int
-    kernel: int = 3
-    stride: int = 2
+    kernel: int | tuple[int, ...] = 3
+    stride: int | tuple[int, ...] = 2
     norm: str | None = "batchnorm"
     norm_first: bool = False
     epsilon: float | None = None
@@ -216,16 +221,23 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Maps [B, Y, X, C] to [B, y, x, D]."""
+        """Maps [B, Y, X, C] to [B, y, x, D] (or [B, F, Y, X, C] to [B, f, y, x, D])."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         padding = 0 if self.padding is None and self.kernel == self.stride else self.padding
-        conv = Conv(self.features, (self.kernel, self.kernel), self.stride, padding, name="conv", **types)
+        kernel = (self.kernel,) * 2 if isinstance(self.kernel, int) else self.kernel
+        conv = Conv(self.features, kernel, self.stride, padding, name="conv", **types)
         if self.norm is None:
             return conv(x)
         norm = MapNorm(self.norm, self.epsilon, self.param_dtype, name="norm")
         if self.norm_first:
             return conv(norm(x, deterministic=deterministic))
         return norm(conv(x), deterministic=deterministic)
+
+
+def average_pool(x: jax.Array, size: int, stride: int) -> jax.Array:
+    """Pools [B, Y, X, D] to [B, ceil(Y / stride), ceil(X / stride), D] in float32; padding does not count in the means."""
+    wide = x.astype(jnp.float32)
+    return nn.avg_pool(wide, (size, size), (stride, stride), "SAME", count_include_pad=False).astype(x.dtype)
 
 
 class DropPath(nn.Module):
@@ -278,6 +290,8 @@ class GlobalAttention(nn.Module):
         dim: D.
         num_heads: N, divides D.
         qkv_bias: biases of queries, keys and values.
+        qkv_init: initializer of the kernels of queries, keys and values; None = that of `Projection`.
+        out_init: the same of `out`.
         lepe: what the depthwise convolution sees whose result is added before `out` (Dong et al., 2021, arXiv
             2107.00652: "locally-enhanced positional encoding"): "value", "input", or None = there is none.
         side_dwconv: its kernel.
@@ -290,6 +304,8 @@ class GlobalAttention(nn.Module):
     qkv_bias: bool = False
     lepe: str | None = None
     side_dwconv: int = 5
+    qkv_init: Any = None
+    out_init: Any = None
     implementation: str | None = None
     capture_attention: bool = False
     dtype: Any = None
@@ -313,7 +329,7 @@ class GlobalAttention(nn.Module):
         tokens = x.reshape(x.shape[0], -1, self.dim)
         q, k, v = (
             constrain(
-                Projection((self.dim, *heads), names, name=name, use_bias=self.qkv_bias, **types)(tokens),
+                Projection((self.dim, *heads), names, use_bias=self.qkv_bias, kernel_init=self.qkv_init, name=name, **types)(tokens),
                 "act_batch", None, "act_heads", None,
             )
             for name in ("query", "key", "value")
@@ -325,7 +341,10 @@ class GlobalAttention(nn.Module):
             beside = x if self.lepe == "input" else v.reshape(x.shape)
             kernel = (self.side_dwconv,) * (x.ndim - 2)
             y = y + Conv(self.dim, kernel, depthwise=True, name="lepe", **types)(beside).reshape(y.shape)
-        out = Projection((*heads, self.dim), ("heads", "head_dim", "embed"), inputs=2, use_bias=True, name="out", **types)
+        out = Projection(
+            (*heads, self.dim), ("heads", "head_dim", "embed"), inputs=2, use_bias=True, kernel_init=self.out_init,
+            name="out", **types,
+        )  # fmt: skip
         return out(y).reshape(x.shape)
 
 
