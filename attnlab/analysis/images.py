@@ -1,4 +1,4 @@
-"""Heat maps as tiny palette PNGs, written with zlib alone, and the colour map they share.
+"""Heat maps as tiny palette PNGs and pictures as plain ones, written with zlib alone, and the colour map they share.
 
 The colour map is sequential with falling lightness (pale yellow to deep blue in OKLCH), so that it reads in grey and
 for every kind of colour vision. Palette entry 0 is transparent: a masked cell is drawn as masked, not as zero.
@@ -43,12 +43,27 @@ def quantise(values: np.ndarray, maximum: float, visible: np.ndarray | None = No
 
 def png(entries: np.ndarray) -> bytes:
     """Encodes palette entries [rows, columns] uint8 as a PNG (8-bit palette, no filter, one IDAT chunk)."""
-    rows, columns = entries.shape
-    lines = np.concatenate([np.zeros((rows, 1), np.uint8), entries.astype(np.uint8)], axis=1)
+    return _encode(entries.astype(np.uint8)[..., None], 3, [(b"PLTE", palette().tobytes()), (b"tRNS", b"\x00")])
+
+
+def picture_png(image: np.ndarray) -> bytes:
+    """Encodes a picture [rows, columns, 1 or 3] uint8, grey or RGB, as a PNG."""
+    return _encode(image, 0 if image.shape[-1] == 1 else 2, [])
+
+
+def data_uri(entries: np.ndarray) -> str:
+    """The PNG of palette entries [rows, columns], or of a picture [rows, columns, 1 or 3], as a `data:` URI for HTML."""
+    content = png(entries) if entries.ndim == 2 else picture_png(entries)
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+
+
+def _encode(pixels: np.ndarray, colour_type: int, before: list[tuple[bytes, bytes]]) -> bytes:
+    """Writes [rows, columns, channels] uint8, without filters, in one IDAT chunk."""
+    rows, columns, channels = pixels.shape
+    lines = np.concatenate([np.zeros((rows, 1), np.uint8), pixels.reshape(rows, columns * channels)], axis=1)
     chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)),
-        (b"PLTE", palette().tobytes()),
-        (b"tRNS", b"\x00"),
+        (b"IHDR", struct.pack(">IIBBBBB", columns, rows, 8, colour_type, 0, 0, 0)),
+        *before,
         (b"IDAT", zlib.compress(lines.tobytes(), 9)),
         (b"IEND", b""),
     ]
@@ -56,11 +71,6 @@ def png(entries: np.ndarray) -> bytes:
     for kind, data in chunks:
         out.append(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
     return b"".join(out)
-
-
-def data_uri(entries: np.ndarray) -> str:
-    """The PNG of `entries` as a `data:` URI for HTML."""
-    return "data:image/png;base64," + base64.b64encode(png(entries)).decode("ascii")
 
 
 def _oklch_to_rgb(lightness: float, chroma: float, hue: float) -> tuple[int, int, int]:

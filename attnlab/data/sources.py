@@ -100,7 +100,7 @@ class StdlibSource:
 
         self.name = "stdlib"
         plan = stdlib_code.split_plan()
-        self._tfds_dir = _tfds_dir(config)
+        self._tfds_dir = tfds_dir(config)
         self.fingerprint = _fingerprint("stdlib_code", stdlib_code.StdlibCode.VERSION, plan)
         self.splits = _nonempty(plan)
 
@@ -112,7 +112,7 @@ class StdlibSource:
             yield Document(example["path"].decode("utf-8"), 0, example["text"])
 
 
-def _tfds_dir(config) -> Path:
+def tfds_dir(config) -> Path:
     """Returns where our own builders are prepared: config.data.dir, else $TFDS_DATA_DIR, else below the cache."""
     given = storage.option(config, "dir", "") or os.environ.get("TFDS_DATA_DIR")
     return Path(os.path.expanduser(given)) if given else storage.cache_dir(config) / "tfds"

@@ -30,10 +30,10 @@ class TfdsSource:
         self.name = f"tfds:{argument}"
         self._feature = str(storage.option(config, "feature", "text"))
         self._skip = checked_errors(config) == "skip"
-        builder = _find(config, self.name, argument)
+        builder = find_builder(config, self.name, argument)
         self._folder = os.fspath(builder.data_dir)
         self._check_features(builder)
-        self._instructions, self.notes = _splits(builder, self.name)
+        self._instructions, self.notes = split_instructions(builder, self.name)
         info = builder.info
         self.splits = {
             split: SplitInfo(info.splits[instruction].num_examples, None)
@@ -150,7 +150,12 @@ class TfdsReader:
         return texts
 
 
-def _find(config, name: str, argument: str):
+def find_builder(config, name: str, argument: str):
+    """Returns the prepared, read-only builder of NAME/CONFIG:VERSION.
+
+    Raises:
+        ConfigError: it is not prepared in any of the places, or cannot be opened.
+    """
     from tensorflow_datasets.core import read_only_builder, registered
 
     given = storage.option(config, "dir", "")
@@ -182,7 +187,7 @@ def _prepared_there(folders: Sequence[str], argument: str) -> str:
     return f" ({nearest(argument.partition(':')[0], names)})" if names else ""
 
 
-def _splits(builder, name: str) -> tuple[dict[str, str], tuple[str, ...]]:
+def split_instructions(builder, name: str) -> tuple[dict[str, str], tuple[str, ...]]:
     """Returns our split names to TFDS instructions, and what was chosen."""
     present = set(builder.info.splits)
     if "train" not in present:

@@ -17,17 +17,15 @@ from attnlab.data.images.dataset import CROPS, image_shape, normalisation, open_
 from attnlab.data.images.sources import open_source
 from attnlab.errors import field_error
 from attnlab.methods import fields
-from attnlab.methods.task import LossAux, Variables
+from attnlab.methods.task import SOWN, LossAux, Variables, sown
 from attnlab.models.flops import count_flops
-
-_SOWN = ("losses", "metrics")
 
 
 class ImageClassification:
     """The task of `configs/biformer.py`, `configs/vit.py` and other image models.
 
-    A batch has `images` float32 [B, H, W, C], `labels`, `other_labels` int32 [B], `mix` float32 [B] and `mask` bool [B]; the
-    target is mix times the label and 1 - mix times the other one.
+    A batch has `images` float32 [B, H, W, C] (of video [B, frames, H, W, C]), `labels`, `other_labels` int32 [B], `mix` float32
+    [B] and `mask` bool [B]; the target is mix times the label and 1 - mix times the other one.
 
     Args:
         config: the whole config; reads `model`, `data.image_size`, `data.channels`, `batch_size` and `label_smoothing`.
@@ -51,15 +49,17 @@ class ImageClassification:
         config.label_smoothing = 0.0  # share of the target that is spread evenly over all classes
 
         config.data = data = ml_collections.ConfigDict()
-        data.name = "mnist_5k"  # or orl_faces, lookup (generated), tfds:NAME/CONFIG, folder:PATH
+        data.name = "mnist_5k"  # or orl_faces, lookup (generated), moving_digits (video), tfds:NAME/CONFIG, folder:PATH
         data.dir = ""  # where prepared data sets live; "" = the user's cache
         data.workers = 0  # processes; 0 = threads
         data.errors = "strict"  # or skip: leave images out that cannot be decoded, counted
         data.image = "image"  # features of a TFDS set
         data.label = "label"
         data.num_classes = 0  # 0 = the data's
-        data.image_size = 32  # or (height, width)
+        data.image_size = 32  # pixels
+        data.image_width = 0  # 0 = square images
         data.channels = 3  # or 1: grey
+        data.frames = 0  # of each clip of video; 0 = single images
         data.mean = ()  # of each channel in 0..1; () = ImageNet's
         data.std = ()
         data.crop_fraction = 1.0  # of the resized image that an evaluation sees
@@ -95,9 +95,10 @@ class ImageClassification:
         augment = config.data.augment
         fields.check(
             values,
+            positive=("data.image_size",),
             not_negative=(
-                "data.num_classes", "data.augment.shift", "data.augment.policy_layers", "data.augment.policy_strength",
-                "data.augment.policy_deviation", "data.augment.mixup", "data.augment.cutmix",
+                "data.num_classes", "data.frames", "data.image_width", "data.augment.shift", "data.augment.policy_layers",
+                "data.augment.policy_strength", "data.augment.policy_deviation", "data.augment.mixup", "data.augment.cutmix",
             ),
         )  # fmt: skip
         for field in ("flip", "policy_probability", "mix_probability", "cutmix_share", "erase"):
@@ -107,9 +108,6 @@ class ImageClassification:
             raise field_error("config.label_smoothing", config.label_smoothing, "must be in [0, 1)", "Set 0 to switch it off")
         if config.data.channels not in (1, 3):
             raise field_error("config.data.channels", config.data.channels, "images are grey or in colour", "Set 1 or 3")
-        size = config.data.image_size
-        if min((size,) if isinstance(size, int) else tuple(size)) < 1 or (not isinstance(size, int) and len(size) != 2):
-            raise field_error("config.data.image_size", size, "is no size", "Set a number of pixels, or (height, width)")
         if not 0 < config.data.crop_fraction <= 1:
             raise field_error("config.data.crop_fraction", config.data.crop_fraction, "must be in (0, 1]", "Set 1 for all")
         fields.one_of("data.interpolation", config.data.interpolation, transforms.INTERPOLATIONS)
@@ -162,44 +160,45 @@ class ImageClassification:
     @staticmethod
     def describe(config: ml_collections.ConfigDict) -> tuple[str, str]:
         """Model and step of the run header, in words."""
-        height, width, channels = image_shape(config)
         shown = {name: config.model[name] for name in ("num_layers", "dim", "depths", "dims") if name in config.model}
         words = ", ".join(f"{name} {tuple(value) if isinstance(value, list | tuple) else value}" for name, value in shown.items())
-        return words or "defaults", f"{config.batch_size} of {height} x {width} x {channels}"
+        return words or "defaults", f"{config.batch_size} of {' x '.join(map(str, image_shape(config)))}"
 
     def init(self, rng: jax.Array) -> Variables:
         """Returns the variables of the model, boxed."""
         variables = self.model.init(rng, jnp.zeros((1, *self.image_shape), jnp.float32))
-        return {name: tree for name, tree in variables.items() if name not in (*_SOWN, "intermediates")}
+        return {name: tree for name, tree in variables.items() if name not in (*SOWN, "intermediates")}
 
     def loss(
         self, params: Any, collections: Variables, batch: dict[str, jax.Array], rng: jax.Array
     ) -> tuple[jax.Array, LossAux]:
         """Mean cross-entropy in nats per image to the mixed, smoothed targets, plus the losses that modules sowed."""
+        # some models train several heads, each on its own; the first is the one that is used
+        method = "training_logits" if hasattr(self.model, "training_logits") else None
         logits, updated = self.model.apply(
             {"params": params, **collections},
             batch["images"],
             deterministic=False,
             rngs={"dropout": rng},
-            mutable=[*collections, *_SOWN],
+            mutable=[*collections, *SOWN],
+            method=method,
         )
+        heads = logits if isinstance(logits, tuple) else (logits,)
         counted = batch["mask"].astype(jnp.float32)
         weight = jnp.sum(counted)
         mean = lambda values: jnp.sum(values * counted) / jnp.maximum(weight, 1.0)  # noqa: E731
         mix = batch["mix"]
-        logs = jax.nn.log_softmax(logits.astype(jnp.float32))
-        nats = mix * _picked(logs, batch["labels"]) + (1.0 - mix) * _picked(logs, batch["other_labels"])
-        nats = (1.0 - self.label_smoothing) * nats + self.label_smoothing * jnp.mean(logs, axis=-1)
-        cross_entropy = -mean(nats)
-        guess = jnp.argmax(logits, axis=-1)
+
+        def likelihood(logits):
+            logs = jax.nn.log_softmax(logits.astype(jnp.float32))
+            nats = mix * _picked(logs, batch["labels"]) + (1.0 - mix) * _picked(logs, batch["other_labels"])
+            return (1.0 - self.label_smoothing) * nats + self.label_smoothing * jnp.mean(logs, axis=-1)
+
+        cross_entropy = -mean(sum(map(likelihood, heads)) / len(heads))
+        guess = jnp.argmax(heads[0], axis=-1)
         right = mix * (guess == batch["labels"]) + (1.0 - mix) * (guess == batch["other_labels"])
-        metrics = {"loss": cross_entropy, "accuracy": mean(right)}
-        auxiliary = sum((jnp.sum(leaf) for leaf in jax.tree.leaves(updated.get("losses", {}))), jnp.float32(0))
-        if updated.get("losses"):
-            metrics["auxiliary_loss"] = auxiliary
-        for path, leaf in jax.tree_util.tree_leaves_with_path(updated.get("metrics", {})):
-            keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-            metrics["/".join(keys)] = jnp.mean(leaf)
+        auxiliary, metrics = sown(updated)
+        metrics |= {"loss": cross_entropy, "accuracy": mean(right)}
         kept = {name: updated.get(name, tree) for name, tree in collections.items()}
         return cross_entropy + auxiliary, LossAux(weight=weight, metrics=metrics, collections=kept)
 

@@ -13,11 +13,10 @@ import numpy as np
 from attnlab import data, registry
 from attnlab.errors import field_error
 from attnlab.methods import fields
-from attnlab.methods.task import LossAux, Variables
+from attnlab.methods.task import SOWN, LossAux, Variables, sown
 from attnlab.models.lm import REMAT_POLICIES
 
 VOCAB_MULTIPLE = 64  # so that the vocabulary divides over devices and fills matrix units
-_SOWN = ("losses", "metrics")
 
 
 class LanguageModeling:
@@ -172,7 +171,7 @@ class LanguageModeling:
         """Returns the variables of the model, boxed."""
         # One batch row per mesh shard is not needed: shapes of parameters do not depend on the batch.
         variables = self.model.init(rng, jnp.zeros((1, min(self.seq_len, 128)), jnp.int32))
-        return {name: tree for name, tree in variables.items() if name not in (*_SOWN, "intermediates")}
+        return {name: tree for name, tree in variables.items() if name not in (*SOWN, "intermediates")}
 
     def loss(
         self, params: Any, collections: Variables, batch: dict[str, jax.Array], rng: jax.Array
@@ -184,19 +183,14 @@ class LanguageModeling:
             **self._structure(batch),
             deterministic=False,
             rngs={"dropout": rng},
-            mutable=[*collections, *_SOWN],
+            mutable=[*collections, *SOWN],
             method="features",
         )
         sums = self._sums(params, collections, features, batch)
         weight = sums["weight"]
         cross_entropy = sums["loss"] / jnp.maximum(weight, 1.0)
-        auxiliary = sum((jnp.sum(leaf) for leaf in jax.tree.leaves(updated.get("losses", {}))), jnp.float32(0))
-        metrics = {"loss": cross_entropy, "accuracy": sums["correct"] / jnp.maximum(weight, 1.0)}
-        if updated.get("losses"):
-            metrics["auxiliary_loss"] = auxiliary
-        for path, leaf in jax.tree_util.tree_leaves_with_path(updated.get("metrics", {})):
-            keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-            metrics["/".join(keys)] = jnp.mean(leaf)
+        auxiliary, metrics = sown(updated)
+        metrics |= {"loss": cross_entropy, "accuracy": sums["correct"] / jnp.maximum(weight, 1.0)}
         kept = {name: updated.get(name, tree) for name, tree in collections.items()}
         return cross_entropy + auxiliary, LossAux(weight=weight, metrics=metrics, collections=kept)
 

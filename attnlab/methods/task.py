@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import linen as nn
@@ -29,6 +30,20 @@ class LossAux:
     weight: jax.Array
     metrics: dict[str, jax.Array]
     collections: Variables
+
+
+SOWN = ("losses", "metrics")  # collections that modules sow into; no state of the model
+
+
+def sown(updated: Variables) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the sum of the losses that modules sowed, and what to report: that sum, and the means of their metrics by path."""
+    losses = jax.tree.leaves(updated.get("losses", {}))
+    auxiliary = sum(map(jnp.sum, losses), jnp.float32(0))
+    metrics = {"auxiliary_loss": auxiliary} if losses else {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(updated.get("metrics", {})):
+        keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        metrics["/".join(keys)] = jnp.mean(leaf)
+    return auxiliary, metrics
 
 
 class Task(Protocol):

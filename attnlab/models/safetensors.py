@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+import tempfile
 import zipfile
 from collections.abc import Mapping
 
@@ -72,7 +73,7 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays by name, as `safetensors.torch.load_file` reads them.
+    """Writes arrays by name, as `safetensors.torch.load_file` reads them; a file that is there is replaced as a whole.
 
     Raises:
         ConfigError: a type that the format does not have.
@@ -89,7 +90,10 @@ def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray])
         start += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    path = os.fspath(path)
+    # Beside it first: the arrays may be views of the very file that is written.
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", delete=False) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, array in ordered:
             file.write(np.ascontiguousarray(array).tobytes())
+    os.replace(file.name, path)

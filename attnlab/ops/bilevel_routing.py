@@ -364,7 +364,9 @@ def _cut(tokens: int, step: int) -> tuple[int, int]:
 
 
 def _kernels() -> bool:
-    """Tells whether the target platform has a kernel for block lists."""
+    """Tells whether the target platform has a kernel for block lists (and kernels are wanted)."""
+    if dispatch.is_portable():
+        return False
     table = dispatch.implementations("block_attention").items()
     return any(dispatch.target_platform() in platforms and not name.startswith("xla") for name, platforms in table)
 

@@ -67,7 +67,7 @@ def base(task: str = "language_modeling") -> ml_collections.ConfigDict:
     config.eval_batches = 16
     config.checkpoint_every_steps = 250
     config.checkpoint = ml_collections.ConfigDict({"keep": 3, "keep_every": 0})
-    config.init_from = ""  # workdir of a run whose parameters this one starts from
+    config.init_from = ""  # workdir of a run, or file of published weights, whose parameters this one starts from
     config.profile_steps = ()  # (first, last): write a profiler trace of these steps to <workdir>/profile
 
     config.optimizer = optimizer = ml_collections.ConfigDict()

@@ -1,14 +1,19 @@
 """A run that starts from another run's parameters, with adapters."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
 from flax import traverse_util
 
 from attnlab.errors import ConfigError
-from attnlab.training import loop, warm_start
+from attnlab.models import safetensors, torch_weights
+from attnlab.training import cli, loop, warm_start
 from attnlab.training.build import build
 from attnlab.training.checkpoint import Checkpoints
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,27 @@ def test_what_does_not_fit_is_refused(make_tiny, trained, tmp_path):
     run = build(config)
     with pytest.raises(ConfigError, match=r"another model(.|\n)*layers/blocks_0"):
         warm_start.load(run, run.init_state(), folder)
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is neither a folder nor a file"):
         warm_start.load(run, None, str(tmp_path / "absent"))
     with pytest.raises(ConfigError, match="holds no run"):
         warm_start.load(run, None, str(tmp_path))
+
+
+def test_parameters_come_from_a_file_of_weights(tmp_path):
+    """A backbone's published names: what was written comes back, with the batch statistics, into the moving average too."""
+    config = cli.load_config(f"{ROOT / 'configs' / 'uniformer.py'}:smoke")
+    config.ema_decay = 0.5
+    run = build(config)
+    fresh = run.init_state()
+    other = jax.tree.map(lambda x: 2.0 * np.asarray(x) + 1.0, {"params": fresh.params, **fresh.collections})
+    path = str(tmp_path / "weights.safetensors")
+    safetensors.write_safetensors(path, torch_weights.to_state_dict(run.task.model, other))
+    state = warm_start.load(run, fresh, path)
+    jax.tree.map(np.testing.assert_array_equal, {"params": state.params, **state.collections}, other)
+    jax.tree.map(np.testing.assert_array_equal, state.ema, other["params"])
+    arrays = dict(safetensors.read_arrays(path))
+    name = next(iter(arrays))
+    arrays[name] = arrays[name][..., :1]
+    safetensors.write_safetensors(path, arrays)
+    with pytest.raises(ConfigError, match=r"config.init_from = .*do not fit"):
+        warm_start.load(run, fresh, path)
