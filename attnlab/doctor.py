@@ -120,13 +120,24 @@ def _sparse_states(op: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
     return op(q, 0.5 * q, k, 0.5 * k, v, gates, 0.5 * gates, routing, **options)[0]
 
 
-def _memory(op: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
+def _linear_scan_per_head(op: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
+    return op(q, k, v, _gates(*q.shape[:3]), **options)[0]
+
+
+def _some_heads(op: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
+    from attnlab.ops.head_routing import select_heads
+
+    gates = -_gates(*q.shape[:3])
+    return op(q, k, v, gates, select_heads(gates[..., 1:], 1), top_k=1, **options)
+
+
+def _memory(op: Any, q: Any, k: Any, v: Any, layers: int = 2, **options: Any) -> Any:
     import jax.numpy as jnp
 
     from attnlab.ops.linear_scan import l2_normalize
 
     gates = -_gates(*q.shape[:3])
-    weights = [0.1 * jnp.broadcast_to(jnp.eye(q.shape[-1]), (q.shape[2], q.shape[-1], q.shape[-1]))] * 2
+    weights = [0.1 * jnp.broadcast_to(jnp.eye(q.shape[-1]), (q.shape[2], q.shape[-1], q.shape[-1]))] * layers
     return op(q, l2_normalize(k), v, 0.05 * gates, 0.5 * gates, 0.1 * gates, weights, **options).y
 
 
@@ -150,7 +161,11 @@ def cases() -> list[Case]:
         Case("bilevel_routing_attention", "8 x 8 map", (2, 64, 64, 2, 2, 16), nothing, "gather", _regions),
         Case("gated_linear_scan", "decay per channel", ragged, lambda *_: {"chunk_size": 16}, "recurrent", _linear_scan),
         Case("gated_delta_scan", "decay per head", ragged, lambda *_: {"chunk_size": 16}, "recurrent", _delta_scan),
+        Case("gated_linear_scan", "decay per head", ragged, lambda *_: {"chunk_size": 16}, "recurrent", _linear_scan_per_head),
+        Case("gated_delta_scan", "wide heads", (1, 130, 130, 2, 2, 64), nothing, "recurrent", _delta_scan),
         Case("sparse_state_attention", "1 of 4", ragged, lambda *_: {"chunk_size": 16}, "recurrent", _sparse_states),
+        Case("mixture_of_heads_attention", "a shared and 1 of 3", (1, 130, 130, 4, 4, 32), nothing, "all_heads", _some_heads),
+        Case("neural_memory", "one layer", ragged, lambda *_: {"chunk_size": 16, "layers": 1}, "xla_recurrent", _memory),
         Case("neural_memory", "two layers", ragged, lambda *_: {"chunk_size": 16}, "xla_recurrent", _memory),
     ]
 

@@ -14,7 +14,9 @@ from attnlab.ops.kmeans_attention import kmeans_attention
 from attnlab.ops.linear_scan import gated_delta_scan, gated_linear_scan
 from attnlab.ops.local_attention import local_attention
 from attnlab.ops.magnitude_aware import magnitude_aware_attention
+from attnlab.ops.mixture_of_heads import mixture_of_heads_attention
 from attnlab.ops.neural_memory import neural_memory
+from attnlab.ops.relative_bias import relative_bias
 from attnlab.ops.rotary import rotary
 from attnlab.ops.routing import causal_routing_attention, routing_attention
 from attnlab.ops.row_sparse import row_sparse_scan
@@ -42,8 +44,10 @@ __all__ = [
     "kmeans_attention",
     "local_attention",
     "magnitude_aware_attention",
+    "mixture_of_heads_attention",
     "neural_memory",
     "ragged_bilevel_routing_attention",
+    "relative_bias",
     "rotary",
     "routing_attention",
     "row_sparse_scan",

@@ -14,7 +14,15 @@ The chunk size is part of the rule. Both forms give the same numbers: `xla_recur
     M_t = A_t M + B_t S + sum_{s <= t} w_ts a_s d_s,    w_ts = -theta_s sum_{r=s..t} prod eta_{s+1..r} prod (1 - alpha)_{r+1..t}
 
 holds for every layer (M and S are what is carried in), and reading is a causal linear attention over the chunk. All of it
-in float32 with full precision: the outer gradient goes through the inner one (second order).
+in float32 with full precision: the outer gradient goes through the inner one (second order). `pallas` (TPU) and `triton` (NVIDIA
+GPUs, one layer) do the same with the states in fast memory (`kernels_pallas/memory_scan`, `memory_scan_triton`).
+
+The floor of a token and head (`memory_cost`), with P weights in all layers, P_1 of them in the first, chunks of C tokens: the
+products take 12 P - 2 P_1 + 2 C sum (I + O) FLOPs: 2 P for what the layers read from the keys, 2 (P - P_1) for the errors, 4 P
+each for reading and writing both weights and momentum, and the scores inside the chunk. The gated linear scan of width H takes
+4 H^2 + 4 C H. With H = C = 64 that is 57 344 for one layer, 442 368 for two of inner width 4 H, and 32 768 for the scan: 1.75
+and 13.5 times as much. Both must move q, k, v and y, 16 H bytes, and their gates. Where states go through memory between chunks, as
+in XLA, the memory moves 16 P / C bytes more and the scan 8 H^2 / C: 1024 and 8192, and 512 against 1024 for the tokens.
 """
 
 from __future__ import annotations
@@ -30,11 +38,11 @@ import jax.numpy as jnp
 
 from attnlab.errors import ConfigError
 from attnlab.ops import dispatch, sharding
+from attnlab.ops.memory_chunk import einsum, enter_chunk, memory_chunk, read_memory, surprise
 from attnlab.ops.tiles import scan_tiles, scan_tokens, token_flags, zero_padding
 from attnlab.types import Array, Bool, Float, Int
 
 _STATIC = {"static": True}
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 @jax.tree_util.register_dataclass
@@ -130,10 +138,11 @@ def neural_memory(
         state: continues an earlier call (the first segment of each row does).
         begin: state at the start of every segment instead of `weights`, batch 1 or B (as after a common prefix).
         begin_count: its `count`, known when tracing.
-        implementation: "xla_recurrent" or "xla_chunked"; None = the best that can run.
+        implementation: "xla_recurrent", "xla_chunked", "pallas" or "triton"; None = the best that can run.
 
     Raises:
         ConfigError: shapes that do not fit each other, a state of another batch, type or memory.
+        NotImplementedError: the named implementation cannot compute this call.
     """
     batch, _, heads, width = q.shape
     if not (q.shape == k.shape == v.shape):
@@ -161,6 +170,28 @@ def neural_memory(
     return MemoryResult(y.astype(q.dtype), loss, state)
 
 
+def memory_cost(widths: Sequence[int], chunk_size: int) -> dict[str, float]:
+    """The least that a token of one head costs: FLOPs of the products, bytes of tokens and gates, and of states between chunks.
+
+    Args:
+        widths: of the memory's layers, input and output included.
+        chunk_size: C.
+
+    Returns:
+        "flops", "bytes", and "state_bytes", which implementations that keep states in fast memory do not move. Forward only.
+    """
+    sizes = [i * o for i, o in itertools.pairwise(widths)]
+    inside = sum(i + o for i, o in itertools.pairwise(widths))
+    flops = 12.0 * sum(sizes) - 2.0 * sizes[0] + 2.0 * chunk_size * inside
+    return {"flops": flops, "bytes": 16.0 * widths[0] + 16.0, "state_bytes": 16.0 * sum(sizes) / chunk_size}
+
+
+def scan_cost(width: int, chunk_size: int) -> dict[str, float]:
+    """The same of `gated_linear_scan` with states of `width` x `width` and a decay per head."""
+    flops = 4.0 * width**2 + 4.0 * chunk_size * width
+    return {"flops": flops, "bytes": 16.0 * width + 4.0, "state_bytes": 8.0 * width**2 / chunk_size}
+
+
 def check_memory_state(state: MemoryState, batch: int, shapes: Sequence[tuple[int, ...]]) -> None:
     """Refuses a state that was made for another call.
 
@@ -175,160 +206,42 @@ def check_memory_state(state: MemoryState, batch: int, shapes: Sequence[tuple[in
         raise ConfigError(f"memory state of {have} used with a memory of {[tuple(s) for s in shapes]} in float32. Remake it.")
 
 
-def read_memory(weights: Sequence[Array], x: Array) -> Array:
-    """M(x) with the weights of each row and head: [B, N, I, O] and x [B, C, N, H] to [B, C, N, H], float32."""
-    for i, w in enumerate(weights):
-        x = _gelu(x) if i else x
-        x = _einsum("bcni,bnio->bcno", x, w)
-    return x
-
-
-def surprise(weights: Sequence[Array], k: Array, v: Array) -> tuple[list[Array], list[Array], Array]:
-    """Per layer what it reads a [B, C, N, I] and its error d [B, C, N, O], the gradient of token t being a_t d_t; and the losses.
-
-    Args:
-        weights: [B, N, I, O] per layer.
-        k: [B, C, N, H].
-        v: [B, C, N, H].
-    """
-    inputs, slopes = [k], []
-    for w in weights[:-1]:
-        z = _einsum("bcni,bnio->bcno", inputs[-1], w)
-        inputs.append(_gelu(z))
-        slopes.append(_gelu_slope(z))
-    miss = _einsum("bcni,bnio->bcno", inputs[-1], weights[-1]) - v
-    errors = [2.0 * miss]
-    for w, slope in zip(weights[:0:-1], slopes[::-1], strict=True):
-        errors.append(_einsum("bcno,bnio->bcni", errors[-1], w) * slope)
-    return inputs, errors[::-1], jnp.sum(miss * miss, axis=-1)
-
-
-def memory_chunk(
-    state: tuple[tuple[Array, ...], ...],
-    q: Array,
-    k: Array,
-    v: Array,
-    gates: Sequence[Array],
-    valid: Array,
-    *,
-    before: bool = False,
-) -> tuple[tuple[tuple[Array, ...], ...], Array, Array]:
-    """One chunk, or the part of it that this call has.
-
-    Args:
-        state: (start, weights, momentum), each a [B, N, I, O] per layer.
-        q: [B, C, N, H].
-        k: [B, C, N, H].
-        v: [B, C, N, H].
-        gates: theta, eta, alpha [B, C, N].
-        valid: [B, C] bool.
-        before: read without the token's own write.
-
-    Returns:
-        The new state, y [B, C, N, H] and the losses [B, C, N].
-    """
-    start, weights, momentum = state
-    inputs, errors, loss = surprise(start, k, v)
-    there = valid[:, None, :].astype(jnp.float32)
-    theta, eta, alpha = (jnp.swapaxes(gate, 1, 2) for gate in gates)  # [B, N, C]
-    theta, eta, keep = theta * there, jnp.where(there > 0, eta, 1.0), jnp.where(there > 0, 1.0 - alpha, 1.0)
-    # Column 0 stands for what is carried into the chunk, column s + 1 for the write of token s. Of padding, the momentum
-    # stays and is not added again (the factor `there`).
-    momenta = _products(eta)  # S_t = momenta[t, 0] S_c - sum_s momenta[t, s + 1] theta_s u_s
-    decays = _products(keep)
-    writes = _einsum("bntr,bnrs->bnts", decays[..., 1:], there[..., None] * momenta)
-    step = jnp.pad(-theta, ((0, 0), (0, 0), (1, 0)), constant_values=1.0)[:, :, None]
-    kept, writes, momenta = decays[..., 0], writes * step, momenta[:, :, -1] * step[:, :, 0]
-    kept_before = jnp.pad(kept[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1.0) if before else kept
-    reads = jnp.pad(writes[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0))) if before else writes
-    carried, mixed = (jnp.swapaxes(x, 1, 2)[..., None] for x in (kept_before, reads[..., 0]))
-    y = q
-    new_weights, new_momentum = [], []
-    for i, (w, s, a, d) in enumerate(zip(weights, momentum, inputs, errors, strict=True)):
-        y = _gelu(y) if i else y
-        inside = _einsum("bcni,bsni->bncs", y, a) * reads[..., 1:]
-        old = carried * _einsum("bcni,bnio->bcno", y, w) + mixed * _einsum("bcni,bnio->bcno", y, s)
-        y = old + _einsum("bncs,bsno->bcno", inside, d)
-        total = _einsum("bsni,bns,bsno->bnio", a, writes[:, :, -1, 1:], d)
-        new_weights.append(kept[:, :, -1, None, None] * w + writes[:, :, -1, 0, None, None] * s + total)
-        total = _einsum("bsni,bns,bsno->bnio", a, momenta[..., 1:], d)
-        new_momentum.append(momenta[..., 0, None, None] * s + total)
-    return (start, tuple(new_weights), tuple(new_momentum)), y, loss
-
-
-def enter_chunk(
-    state: tuple[tuple[Array, ...], ...], begin: tuple[tuple[Array, ...], ...], reset: Array, fresh: Array
-) -> tuple[tuple[Array, ...], ...]:
-    """What holds at the first token of a chunk: segments begin with `begin`, a new chunk starts at the present weights.
-
-    Args:
-        state: (start, weights, momentum).
-        begin: the same at the start of a segment, batch 1 or B.
-        reset: [B] bool, a segment starts.
-        fresh: [B] bool, a chunk starts.
-    """
-
-    def choose(flag, yes, no):
-        return tuple(jnp.where(flag[:, None, None, None], a, b) for a, b in zip(yes, no, strict=True))
-
-    start, weights, momentum = (choose(reset, a, b) for a, b in zip(begin, state, strict=True))
-    return choose(fresh, weights, start), weights, momentum
-
-
-def _gelu(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=False)
-
-
-def _gelu_slope(x: Array) -> Array:
-    return jax.scipy.stats.norm.cdf(x) + x * jax.scipy.stats.norm.pdf(x)
-
-
-def _products(factors: Array) -> Array:
-    """[.., C] to [.., C, C + 1]: at (t, s) the product of factors s .. t, 1 where s = t + 1 and 0 above.
-
-    By running products, not by differences of logarithms: a factor may be 0, and the products only ever fall.
-    """
-    size = factors.shape[-1]
-    row, column = jnp.arange(size)[:, None], jnp.arange(size + 1)[None]
-    grid = jnp.where(row >= column, factors[..., :, None], 1.0)
-    return jnp.where(row + 1 >= column, jax.lax.cumprod(grid, axis=grid.ndim - 2), 0.0)
-
-
-def _parts(state: MemoryState) -> tuple[tuple[Array, ...], ...]:
+def parts(state: MemoryState) -> tuple[tuple[Array, ...], ...]:
+    """Returns (start, weights, momentum) of a state."""
     return state.start, state.weights, state.momentum
 
 
 def _initial(call: MemoryCall) -> tuple[tuple[Array, ...], ...]:
     if call.state is not None:
-        return _parts(call.state)
+        return parts(call.state)
     rows = call.q.shape[0]
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), _parts(call.begin))
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), parts(call.begin))
 
 
-def _recurrent(call: MemoryCall) -> tuple[Array, Array, MemoryState]:
+def recurrent(call: MemoryCall) -> tuple[Array, Array, MemoryState]:
     """Token by token, the reference; the backward pass keeps a state every few tokens and computes the others again."""
     batch, length = call.q.shape[:2]
     count = None if call.state is None else call.state.count
     flags = token_flags(
         batch, length, call.chunk_size, mask=call.mask, segment_ids=call.segment_ids, start=call.start_count, count=count
     )
-    begin = _parts(call.begin)
+    begin = parts(call.begin)
     tokens = (call.q, call.k, call.v, *call.gates, flags.valid, flags.reset, flags.valid & (flags.place == 0))
 
     def token(state, inputs):
         q, k, v, theta, eta, alpha, valid, reset, fresh = inputs
         start, weights, momentum = enter_chunk(state, begin, reset, fresh)
-        reading, writing, loss = surprise(start, k[:, None], v[:, None])
+        reading, writing, loss = surprise(start, k[:, :, None], v[:, :, None])
         new_momentum, new_weights = [], []
         for w, s, a, d in zip(weights, momentum, reading, writing, strict=True):
-            gradient = _einsum("bni,bno->bnio", a[:, 0], d[:, 0])
+            gradient = einsum("bni,bno->bnio", a[:, :, 0], d[:, :, 0])
             s_new = eta[..., None, None] * s - theta[..., None, None] * gradient
             w_new = (1.0 - alpha[..., None, None]) * w + s_new
             keep = valid[:, None, None, None]
             new_momentum.append(jnp.where(keep, s_new, s))
             new_weights.append(jnp.where(keep, w_new, w))
         y = read_memory(weights if call.before else new_weights, q[:, None])[:, 0]
-        return (start, tuple(new_weights), tuple(new_momentum)), (y, loss[:, 0])
+        return (start, tuple(new_weights), tuple(new_momentum)), (y, loss[:, :, 0])
 
     state, (y, loss) = scan_tokens(token, _initial(call), tokens)
     return zero_padding(y, flags.valid), zero_padding(loss, flags.valid), MemoryState(*state, flags.count)
@@ -336,7 +249,7 @@ def _recurrent(call: MemoryCall) -> tuple[Array, Array, MemoryState]:
 
 def _chunked(call: MemoryCall) -> tuple[Array, Array, MemoryState]:
     """One chunk after the other; the backward pass keeps the states between chunks and computes the rest again."""
-    begin = _parts(call.begin)
+    begin = parts(call.begin)
 
     def chunk(state, tile):
         q, k, v, gates = tile.tokens
@@ -355,7 +268,7 @@ def _defer_recurrent(call: MemoryCall) -> str | None:
     return None if call.q.shape[1] == 1 else "one token at a time: for single tokens"
 
 
-def _over_mesh(run: Callable[[MemoryCall], tuple], call: MemoryCall) -> tuple[Array, Array, MemoryState]:
+def over_mesh(run: Callable[[MemoryCall], tuple], call: MemoryCall) -> tuple[Array, Array, MemoryState]:
     """Calls run(call) on each device's rows and heads: left to itself, XLA exchanges states at every chunk."""
     batch = call.q.shape[0]
 
@@ -381,7 +294,11 @@ def _over_mesh(run: Callable[[MemoryCall], tuple], call: MemoryCall) -> tuple[Ar
     )
 
 
-for _name, _run, _defer in (("xla_recurrent", _recurrent, _defer_recurrent), ("xla_chunked", _chunked, lambda call: None)):
+dispatch.register("neural_memory", "pallas", "kernels_pallas.memory_scan.implementation:IMPLEMENTATION", platforms=("tpu",))
+dispatch.register(
+    "neural_memory", "triton", "kernels_pallas.memory_scan_triton.implementation:IMPLEMENTATION", platforms=("gpu",)
+)
+for _name, _run, _defer in (("xla_recurrent", recurrent, _defer_recurrent), ("xla_chunked", _chunked, lambda call: None)):
     dispatch.register(
-        "neural_memory", _name, dispatch.Implementation(functools.partial(_over_mesh, _run), defer=_defer)
+        "neural_memory", _name, dispatch.Implementation(functools.partial(over_mesh, _run), defer=_defer)
     )
