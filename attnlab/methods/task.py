@@ -49,6 +49,10 @@ def sown(updated: Variables) -> tuple[jax.Array, dict[str, jax.Array]]:
 class Task(Protocol):
     """A model and what is minimised on which data; built as `Task(config, outputs)`.
 
+    Two methods are optional. `optimizer(tx, params)` returns the transformation to use instead of the run's, for a task that
+    trains a part of its parameters or each part in its own way (`methods.lora`). `update(compute, tx, params, opt_state,
+    collections, batch, rng)` makes the whole step, for a task of several passes (`methods.gradient_routing.Routing.update`).
+
     Attributes:
         model: the module.
         unit: what a batch is counted in, "tokens" or "images".

@@ -28,10 +28,10 @@ class FeatureGate(nn.Module):
     """x * sigmoid(g) over the last axis; parameter `feature_gate` [C], which starts near 0 and so the gates near a half.
 
     Attributes:
-        init: standard deviation of g: "xavier", sqrt(2 / (1 + C)), or "he", sqrt(2 / C).
+        gate_init: standard deviation of g: "xavier", sqrt(2 / (1 + C)), or "he", sqrt(2 / C).
     """
 
-    init: str = "xavier"
+    gate_init: str = "xavier"
     param_dtype: Any = jnp.float32
 
     @nn.compact
@@ -39,11 +39,11 @@ class FeatureGate(nn.Module):
         """Maps [..., C] to the same.
 
         Raises:
-            ConfigError: unknown `init`.
+            ConfigError: unknown `gate_init`.
         """
-        if self.init not in _INITS:
-            raise ConfigError(f"gate_init = {self.init!r}: unknown, {nearest(self.init, _INITS)}")
-        normal = nn.initializers.normal(_INITS[self.init](x.shape[-1]))
+        if self.gate_init not in _INITS:
+            raise ConfigError(f"gate_init = {self.gate_init!r}: unknown, {nearest(self.gate_init, _INITS)}")
+        normal = nn.initializers.normal(_INITS[self.gate_init](x.shape[-1]))
         gate = self.param(GATE, named(normal, "norm"), (x.shape[-1],), self.param_dtype)
         return x * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(x.dtype)
 

@@ -41,13 +41,13 @@ class HeadRouter(nn.Module):
         num_heads: N.
         shared_heads: s, the first heads.
         top_k: k.
-        init: of the kernels: "normal", "xavier" or "truncated".
+        router_init: of the kernels: "normal", "xavier" or "truncated".
     """
 
     num_heads: int
     shared_heads: int
     top_k: int
-    init: str = "normal"
+    router_init: str = "normal"
     param_dtype: Any = jnp.float32
 
     @nn.compact
@@ -55,10 +55,10 @@ class HeadRouter(nn.Module):
         """Maps [B, T, D] to the heads of every token.
 
         Raises:
-            ConfigError: numbers of heads that do not fit, or an unknown `init`.
+            ConfigError: numbers of heads that do not fit, or an unknown `router_init`.
         """
-        if self.init not in INITS:
-            raise ConfigError(f"router_init = {self.init!r}: unknown, {nearest(self.init, INITS)}")
+        if self.router_init not in INITS:
+            raise ConfigError(f"router_init = {self.router_init!r}: unknown, {nearest(self.router_init, INITS)}")
         head_routing.check_heads(self.num_heads, self.shared_heads, self.top_k)
         shared, routed = self.shared_heads, self.num_heads - self.shared_heads
         widths = {"routed": routed, "shared": shared if shared > 1 else 0, "group": 2 if shared and routed else 0}
@@ -67,7 +67,7 @@ class HeadRouter(nn.Module):
         def logits(name: str) -> jax.Array | None:
             if not widths[name]:
                 return None
-            kernel = self.param(name, named(INITS[self.init], "embed", None), (x.shape[-1], widths[name]), self.param_dtype)
+            kernel = self.param(name, named(INITS[self.router_init], "embed", None), (x.shape[-1], widths[name]), self.param_dtype)
             return jnp.matmul(wide, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
         return head_routing.route_heads(

@@ -65,31 +65,33 @@ def make_train_step(
     micro-batch i, so that each device cuts its own rows and nothing moves. Micro-batches are weighted by their mass:
     the accumulated gradient is the whole batch's.
 
+    A task with `update` makes the step itself, of as many passes as it needs (`methods.gradient_routing`).
+
     Metrics of a step: what the task reports, `learning_rate`, `grad_norm` (before clipping), `param_norm`.
     """
     value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
 
-    def whole(state: TrainState, batch: Batch, rng: jax.Array):
-        (_, aux), grads = value_and_grad(state.params, state.collections, batch, rng)
+    def whole(params: Any, collections: Any, batch: Batch, rng: jax.Array):
+        (_, aux), grads = value_and_grad(params, collections, batch, rng)
         return grads, aux.metrics, aux.collections
 
-    def accumulated(state: TrainState, batch: Batch, rng: jax.Array):
+    def accumulated(params: Any, collections: Any, batch: Batch, rng: jax.Array):
         def cut(x):
             return x.reshape(x.shape[0] // grad_accum, grad_accum, *x.shape[1:]).swapaxes(0, 1)
 
         def micro(carry, scanned):
             total, mass, collections = carry
             index, rows = scanned
-            (_, aux), grads = value_and_grad(state.params, collections, rows, jax.random.fold_in(rng, index))
+            (_, aux), grads = value_and_grad(params, collections, rows, jax.random.fold_in(rng, index))
             weighted = jax.tree.map(lambda x: x * aux.weight, (grads, aux.metrics))
             return (jax.tree.map(jnp.add, total, weighted), mass + aux.weight, aux.collections), None
 
         micro_batches = (jnp.arange(grad_accum), jax.tree.map(cut, batch))
         first = jax.tree.map(lambda x: x[0], micro_batches[1])
-        shapes = jax.eval_shape(value_and_grad, state.params, state.collections, first, rng)
+        shapes = jax.eval_shape(value_and_grad, params, collections, first, rng)
         (_, aux), grads = shapes
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, aux.metrics))
-        carry = (zeros, jnp.zeros(aux.weight.shape, aux.weight.dtype), state.collections)
+        carry = (zeros, jnp.zeros(aux.weight.shape, aux.weight.dtype), collections)
         (total, mass, collections), _ = jax.lax.scan(micro, carry, micro_batches)
         grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(mass, 1.0), total)
         return grads, metrics, collections
@@ -97,9 +99,13 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         compute = whole if grad_accum == 1 else accumulated
-        grads, metrics, collections = compute(state, batch, rng)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state, collections = state.params, state.opt_state, state.collections
+        if hasattr(task, "update"):
+            params, opt_state, collections, metrics, grads = task.update(compute, tx, params, opt_state, collections, batch, rng)
+        else:
+            grads, metrics, collections = compute(params, collections, batch, rng)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
         ema = state.ema
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1.0 - ema_decay)

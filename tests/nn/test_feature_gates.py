@@ -44,11 +44,12 @@ def test_block_adds_gated_branches():
     x = jax.random.normal(jax.random.key(0), (2, 7, 8))
     gated, plain = GatedBlock(2, 16), GatedBlock(2, 16, gates=False)
     params = drawn(gated, x)["params"]
+    gated, plain = (jax.jit(block.apply) for block in (gated, plain))
     closed = params | {name: {GATE: jnp.full(8, -40.0)} for name in ("attention_gate", "mlp_gate")}
-    np.testing.assert_allclose(gated.apply({"params": closed}, x), x, atol=1e-6)
+    np.testing.assert_allclose(gated({"params": closed}, x), x, atol=1e-6)
     opened = params | {name: {GATE: jnp.full(8, 40.0)} for name in ("attention_gate", "mlp_gate")}
     without = {name: value for name, value in params.items() if not name.endswith("_gate")}
-    np.testing.assert_allclose(gated.apply({"params": opened}, x), plain.apply({"params": without}, x), atol=1e-6)
+    np.testing.assert_allclose(gated({"params": opened}, x), plain({"params": without}, x), atol=1e-6)
 
 
 @pytest.mark.parametrize("pool", ["token", "mean"])
