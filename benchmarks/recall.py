@@ -69,7 +69,7 @@ def _sse(partitions: int) -> dict[str, Any]:
 
 
 def _memory(mixer: str, **options: Any) -> dict[str, Any]:
-    # All tokens of a chunk take their step from the same weights: with many alike (noise) larger steps diverge.
+    # Smaller steps than by default, where one trial of MAG diverged (perhaps many like tokens in a chunk).
     shared = {"chunk_size": WINDOW, "memory_heads": 2, "memory_expansion": 2.0, "theta_max": 0.05}
     return {"mixer": mixer, **shared, **options}
 
