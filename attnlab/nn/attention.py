@@ -75,6 +75,17 @@ class DenseAttention(nn.Module):
         """More keyword arguments for `attend` and `weights`, for a mixer that differs in training or with a cache."""
         return {}
 
+    @nn.nowrap
+    def input_bias(self) -> bool:
+        """Whether the projections of queries, keys and values have biases."""
+        return self.proj_bias
+
+    def token_options(
+        self, x: jax.Array, q: jax.Array, *, segment_ids: jax.Array | None, mask: jax.Array | None
+    ) -> dict[str, Any]:
+        """More keyword arguments for `attend` and `weights` that depend on the input [B, T, D] and the queries as projected."""
+        return {}
+
     def attend_cached(
         self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, mask: jax.Array | None, cache: Any, **masks: Any
     ) -> tuple[jax.Array, Any]:
@@ -147,7 +158,6 @@ class DenseAttention(nn.Module):
             ConfigError: heads, cache or segments that do not fit.
         """
         kv_heads, head_dim = self.widths()
-        dtype = self.dtype or x.dtype
         length = x.shape[1]
         if cache is not None and segment_ids is not None:
             raise ConfigError("segment_ids with a cache: rows of a cache are single sequences. Pass one of the two.")
@@ -155,11 +165,14 @@ class DenseAttention(nn.Module):
             # One row for the whole batch: the rotary embedding computes its angles once.
             positions = jnp.arange(length, dtype=jnp.int32)[None] + (0 if cache is None else cache.index)
 
-        types = {"use_bias": self.proj_bias, "dtype": dtype, "param_dtype": self.param_dtype}
-        names = ("embed", "kv_heads", "head_dim")
-        q = Projection((self.dim, self.num_heads, head_dim), ("embed", "heads", "head_dim"), name="query", **types)(x)
-        k = Projection((self.dim, kv_heads, head_dim), names, name="key", **types)(x)
-        v = Projection((self.dim, kv_heads, head_dim), names, name="value", **types)(x)
+        types = {"dtype": self.dtype or x.dtype, "param_dtype": self.param_dtype}
+        q, k, v = (
+            Projection((self.dim, heads, head_dim), ("embed", axis, "head_dim"), use_bias=self.input_bias(), name=name, **types)(x)
+            for name, heads, axis in (
+                ("query", self.num_heads, "heads"), ("key", kv_heads, "kv_heads"), ("value", kv_heads, "kv_heads"),
+            )
+        )  # fmt: skip
+        chosen = self.token_options(x, q, segment_ids=segment_ids, mask=mask)
         if self.qk_norm is not None:
             norm = norm_of(self.qk_norm)
             q = norm(param_dtype=self.param_dtype, name="query_norm")(q)
@@ -176,7 +189,7 @@ class DenseAttention(nn.Module):
             masks["alibi_slopes"] = alibi_slopes(self.num_heads)
         if self.dropout and not deterministic:
             masks |= {"dropout_rng": self.make_rng("dropout"), "dropout_rate": self.dropout, "deterministic": False}
-        masks |= self.attend_options(cache, deterministic)
+        masks |= self.attend_options(cache, deterministic) | chosen
         if cache is not None:
             y, cache = self.attend_cached(q, k, v, positions, mask, cache, **masks)
         else:
@@ -186,8 +199,7 @@ class DenseAttention(nn.Module):
             y = self.attend(q, k, v, positions, implementation=self.implementation, **masks)
         if self.capture_attention:
             self.sow("intermediates", "attended", y)
-        y = Projection(
-            (self.num_heads, head_dim, self.dim), ("heads", "head_dim", "embed"), inputs=2, name="out", **types
-        )(y)
-        y = nn.Dropout(self.dropout, deterministic=deterministic)(y)
+        options = {"inputs": 2, "use_bias": self.proj_bias, "name": "out"}
+        out = Projection((self.num_heads, head_dim, self.dim), ("heads", "head_dim", "embed"), **options, **types)
+        y = nn.Dropout(self.dropout, deterministic=deterministic)(out(y))
         return constrain(y, "act_batch", "act_seq", "act_embed"), cache

@@ -14,14 +14,11 @@ from flax import linen as nn
 from attnlab import ops
 from attnlab.errors import ConfigError, nearest
 from attnlab.nn.attention import DenseAttention
-from attnlab.nn.mixer import KVCache
-from attnlab.nn.norm import norm_of
-from attnlab.nn.partitioning import constrain, named
-from attnlab.nn.projection import INIT_STD, Projection
+from attnlab.nn.partitioning import named
+from attnlab.nn.projection import INIT_STD
 from attnlab.ops import head_routing
 from attnlab.ops.head_routing import HeadRoute
 from attnlab.ops.mixture_of_heads import mixture_of_heads_attention
-from attnlab.ops.rotary import rotary
 
 ROUTERS = ("learned", "norm")
 INITS = {
@@ -143,66 +140,23 @@ class MixtureOfHeads(DenseAttention):
         """Rows sum to one, gates not applied."""
         return ops.attention_weights("softmax", q, k, **masks)
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        cache: KVCache | None = None,
-        deterministic: bool = True,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """The mixer contract (`attnlab.nn.mixer`).
+    @nn.nowrap
+    def input_bias(self) -> bool:
+        """See `qkv_bias`."""
+        return self.proj_bias if self.qkv_bias is None else self.qkv_bias
+
+    def token_options(
+        self, x: jax.Array, q: jax.Array, *, segment_ids: jax.Array | None, mask: jax.Array | None
+    ) -> dict[str, Any]:
+        """Chooses the heads of every token, as `route`, and sows what is said of them.
 
         Raises:
-            ConfigError: heads, cache or segments that do not fit, or an unknown router.
+            ConfigError: an unknown router, or numbers of heads that do not fit.
         """
-        kv_heads, head_dim = self.widths()
-        if cache is not None and segment_ids is not None:
-            raise ConfigError("segment_ids with a cache: rows of a cache are single sequences. Pass one of the two.")
-        if positions is None:
-            positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None] + (0 if cache is None else cache.index)
-        types = {"dtype": self.dtype or x.dtype, "param_dtype": self.param_dtype}
-        biased = self.proj_bias if self.qkv_bias is None else self.qkv_bias
-        q, k, v = (
-            Projection((self.dim, heads, head_dim), ("embed", axis, "head_dim"), use_bias=biased, name=name, **types)(x)
-            for name, heads, axis in (
-                ("query", self.num_heads, "heads"), ("key", kv_heads, "kv_heads"), ("value", kv_heads, "kv_heads"),
-            )
-        )  # fmt: skip
         route = self._route(x, q)
-        self._sow(route, _counted(segment_ids, mask))
-        if self.qk_norm is not None:
-            norm = norm_of(self.qk_norm)
-            q = norm(param_dtype=self.param_dtype, name="query_norm")(q)
-            k = norm(param_dtype=self.param_dtype, name="key_norm")(k)
-        if self.rope:
-            options = {"base": self.rope_base, "interleaved": self.rope_interleaved, "scaling": self.rope_scaling}
-            q, k = rotary(q, positions, **options), rotary(k, positions, **options)
-        q = constrain(q, "act_batch", "act_seq", "act_heads", None)
-        k = constrain(k, "act_batch", "act_seq", "act_kv_heads", None)
-        v = constrain(v, "act_batch", "act_seq", "act_kv_heads", None)
-
-        masks: dict[str, Any] = {"causal": self.causal, "window": self.window}
-        if self.alibi:
-            masks["alibi_slopes"] = ops.alibi_slopes(self.num_heads)
-        if self.dropout and not deterministic:
-            masks |= {"dropout_rng": self.make_rng("dropout"), "dropout_rate": self.dropout, "deterministic": False}
-        if cache is not None:
-            y, cache = self.attend_cached(q, k, v, positions, mask, cache, route=route, **masks)
-        else:
-            masks |= {"q_segment_ids": segment_ids, "kv_mask": mask, "route": route}
-            if self.capture_attention and self.is_mutable_collection("intermediates"):
-                self.sow("intermediates", "attention", self.weights(q, k, positions, **masks))
-            y = self.attend(q, k, v, positions, implementation=self.implementation, **masks)
-        if self.capture_attention:
-            self.sow("intermediates", "attended", y)
-        options = {"inputs": 2, "use_bias": self.proj_bias, "name": "out"}
-        out = Projection((self.num_heads, head_dim, self.dim), ("heads", "head_dim", "embed"), **options, **types)
-        y = nn.Dropout(self.dropout, deterministic=deterministic)(out(y))
-        return constrain(y, "act_batch", "act_seq", "act_embed"), cache
+        coefficient = self.balance_coefficient / self.balance_layers
+        sow_route(self, route, _counted(segment_ids, mask), coefficient=coefficient, axis_name=self.axis_name)
+        return {"route": route}
 
     def _route(self, x: jax.Array, q: jax.Array) -> HeadRoute:
         """Chooses heads, from the layer's input or from the queries as projected."""
@@ -214,11 +168,6 @@ class MixtureOfHeads(DenseAttention):
         if self.ste != "none":
             raise ConfigError(f"ste = {self.ste!r}: the learned router has gradients of its own. Use 'none', or router='norm'.")
         return HeadRouter(self.num_heads, shared, top_k, self.router_init, self.param_dtype, name="router")(x)
-
-    def _sow(self, route: HeadRoute, counted: jax.Array | None) -> None:
-        sow_route(
-            self, route, counted, coefficient=self.balance_coefficient / self.balance_layers, axis_name=self.axis_name
-        )
 
 
 def sow_route(module: nn.Module, route: HeadRoute, counted: jax.Array | None, *, coefficient: float, axis_name: Any) -> None:
