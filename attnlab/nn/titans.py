@@ -29,6 +29,7 @@ from attnlab.nn.titans_memory import (
 )
 from attnlab.ops.local_attention import local_attention
 from attnlab.ops.neural_memory import MemoryState, enter_chunk, memory_chunk, read_memory
+from attnlab.ops.sharding import shard_rows
 from attnlab.ops.softmax import softmax_attention
 from attnlab.ops.tiles import scan_tiles
 
@@ -285,6 +286,39 @@ class TitansMAC(TitansMixer):
         out = Kernel(shape[1:] + shape[:1], ("heads", "head_dim", "embed"), name="out", **types)().astype(dtype)
         scales = [Scale(self.dim, self.param_dtype, name=name)() for name in ("mix_attention", "mix_memory")]
         front = [] if persistent is None else [jnp.einsum("bpd,dnh->bpnh", persistent.astype(dtype), w) for w in (key, value)]
+        if cache is None:
+            state = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape[1:])), begin)
+            empty = (jnp.zeros((batch, self.chunk_size, *shape[1:]), dtype),) * 2
+            keys, values, count = empty, empty, None
+        else:
+            state = starting(cache.seen, cache.memory, begin)
+            keys, values, count = cache.keys, cache.values, state.count
+        carry = ((state.start, state.weights, state.momentum), keys, values)
+        weights = (p, (begin.start, begin.weights, begin.momentum), (query, key, value, out), scales, front)
+        carry, (y, loss), count = shard_rows(self.segments, weights, (carry, rows.x.astype(dtype), rows.ragged, count))
+        _sow_surprise(self, loss)
+        y = constrain(rows.restore(y), "act_batch", "act_seq", "act_embed")
+        if cache is None:
+            return y, None
+        state, keys, values = carry
+        return y, TitansCache(MemoryState(*state, count), cache.conv, keys, values, cache.seen + rows.count)
+
+    @nn.nowrap
+    def segments(self, weights: Any, rows: Any) -> tuple[Any, tuple[jax.Array, jax.Array], jax.Array]:
+        """One segment after the other.
+
+        Args:
+            weights: of the memory, its state at a segment's first token, of the attention, the two scales, and the keys and
+                values [1, P, N, H] of the prefix or [].
+            rows: the carry (state, keys and values of the present segment), tokens [B, T, D], mask and segment ids, and how
+                many tokens the present chunk already has, or None.
+
+        Returns:
+            The carry, (results [B, T, D], surprise [B, T, M]), and tokens in the last chunk [B].
+        """
+        p, begin, (query, key, value, out), scales, front = weights
+        carry, tokens, ragged, count = rows
+        dtype = tokens.dtype
         visible_front = jnp.ones((1, 1, self.num_persistent), bool)
         slots = jnp.arange(self.chunk_size)
 
@@ -300,7 +334,7 @@ class TitansMAC(TitansMixer):
 
         def segment(carry, tile):
             state, keys, values = carry
-            state = enter_chunk(state, (begin.start, begin.weights, begin.momentum), tile.reset, tile.fresh)
+            state = enter_chunk(state, begin, tile.reset, tile.fresh)
             context = merged(read_memory(state[0], self.project(p, tile.tokens).q.astype(jnp.float32)))
             sources = (context, tile.tokens)
             keys = tuple(store(kept, jnp.einsum("btd,dnh->btnh", x, key), tile) for kept, x in zip(keys, sources, strict=True))
@@ -311,7 +345,7 @@ class TitansMAC(TitansMixer):
             k, v = list(keys), list(values)
             if front:
                 seen.insert(0, jnp.broadcast_to(visible_front, (*past.shape[:2], self.num_persistent)))
-                k, v = ([jnp.broadcast_to(f, (batch, *f.shape[1:])), *kept] for f, kept in zip(front, (k, v), strict=True))
+                k, v = ([jnp.broadcast_to(f, (len(tokens), *f.shape[1:])), *kept] for f, kept in zip(front, (k, v), strict=True))
             k, v, seen = jnp.concatenate(k, axis=1), jnp.concatenate(v, axis=1), jnp.concatenate(seen, axis=2)
             y = jnp.einsum("btnh,nhd->btd", softmax_attention(q, k, v, mask=seen[:, None]), out)
             written = self.project(p, y)
@@ -321,22 +355,7 @@ class TitansMAC(TitansMixer):
             state, m, loss = memory_chunk(state, *qkv, gates, tile.valid)
             return (state, keys, values), (_mix(y, merged(m), *scales).astype(dtype), loss)
 
-        if cache is None:
-            state = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape[1:])), begin)
-            empty = (jnp.zeros((batch, self.chunk_size, *shape[1:]), dtype),) * 2
-            keys, values, count = empty, empty, None
-        else:
-            state = starting(cache.seen, cache.memory, begin)
-            keys, values, count = cache.keys, cache.values, state.count
-        carry = ((state.start, state.weights, state.momentum), keys, values)
-        tokens = rows.x.astype(dtype)
-        carry, (y, loss), count = scan_tiles(segment, carry, tokens, self.chunk_size, **rows.ragged, count=count)
-        _sow_surprise(self, loss)
-        y = constrain(rows.restore(y), "act_batch", "act_seq", "act_embed")
-        if cache is None:
-            return y, None
-        state, keys, values = carry
-        return y, TitansCache(MemoryState(*state, count), cache.conv, keys, values, cache.seen + rows.count)
+        return scan_tiles(segment, carry, tokens, self.chunk_size, **ragged, count=count)
 
 
 def _memory_over(mixer, p, rows, prefix, cache):

@@ -128,6 +128,26 @@ def shard_over_mesh(
     )(*(args[i] for i in given))
 
 
+def shard_rows(fn: Callable[[Any, Any], Any], whole: Any, rows: Any) -> Any:
+    """Calls `fn(whole, rows)` on each device's batch rows; other mesh axes stay with XLA.
+
+    For loops whose body uses weights: left to itself, XLA sums the weights' gradients over the devices in every pass of the
+    loop; here it does so once, behind it.
+
+    Args:
+        fn: function that treats rows independently; every array that it returns begins with B.
+        whole: pytree of arrays that every device sees whole, as weights.
+        rows: pytree of arrays that begin with B.
+    """
+    axes = axes_for("batch", jax.tree.leaves(rows)[0].shape[0])
+    if axes is None:
+        return fn(whole, rows)
+    split = PartitionSpec(axes)
+    return jax.shard_map(
+        fn, in_specs=(PartitionSpec(), split), out_specs=split, axis_names=set(axes), check_vma=False
+    )(whole, rows)
+
+
 def repeat_kv_heads(k: jax.Array, v: jax.Array, heads: int) -> tuple[jax.Array, jax.Array]:
     """Repeats key/value heads [B, S, K, H] just so often that they split wherever the `heads` query heads do.
 
