@@ -1,5 +1,5 @@
 """Kernels for the chunked scan of a decaying state: gated linear attention and the gated delta rule, over chains of chunks."""
 
-from kernels_pallas.state_scan.vjp import refusal, sharded_scan, state_scan
+from kernels_pallas.state_scan.vjp import refusal, state_scan
 
-__all__ = ["refusal", "sharded_scan", "state_scan"]
+__all__ = ["refusal", "state_scan"]

@@ -29,8 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-# Stands for log 0: exp of it is 0, and sums of it stay finite.
-RESET = -1e4
+from kernels_pallas.common.state_scan import ScanSpec
 
 # x y, x y^T and x^T y
 NN = (((1,), (0,)), ((), ()))
@@ -38,43 +37,15 @@ NT = (((1,), (1,)), ((), ()))
 TN = (((0,), (0,)), ((), ()))
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """Static description of a scan, in the kernels' own layout.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec(ScanSpec):
+    """Static description of a scan.
 
     Attributes:
-        batch: B.
-        heads: N.
-        chunks: n, per batch row and head.
-        chunk: C.
-        rows: Hk, padded.
-        width: Hv, padded.
-        chains: S, chains of chunks per batch row.
-        channel: decays are per key channel, else per head.
-        delta: the delta rule.
-        initial: initial states are given.
-        listed: the chunks come with a table of their chains; else all of a row are one chain.
         group: heads per step of the grid: independent work for the compiler to interleave.
-        exact: products in float32, else their factors are rounded to bfloat16.
-        out_dtype: of the outputs.
-        interpret: run in Pallas' interpreter.
     """
 
-    batch: int
-    heads: int
-    chunks: int
-    chunk: int
-    rows: int
-    width: int
-    chains: int
-    channel: bool
-    delta: bool
-    initial: bool
-    listed: bool
     group: int
-    exact: bool
-    out_dtype: Any
-    interpret: bool = False
 
     @property
     def vectors(self) -> tuple[str, ...]:

@@ -5,55 +5,33 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from attnlab.ops import chunk_scan, dispatch, linear_scan, sharding, sparse_state
+from attnlab.ops import dispatch, sharding, sparse_state
 from attnlab.ops.linear_scan import ScanCall
 from attnlab.ops.sparse_state import SparseCall
-from attnlab.types import Array
-from kernels_pallas.state_scan.vjp import LARGEST_CHUNK, SMALLEST_CHUNK, refusal, sharded_scan
+from kernels_pallas.common.state_scan import chunk_length, implementations, sharded_scan
+from kernels_pallas.state_scan.vjp import LARGEST_CHUNK, SMALLEST_CHUNK, refusal, state_scan
 
-
-def chunk_length(chunk: int, length: int) -> int:
-    """The chunk length that the kernels use: that of `chunk_scan.fit_chunk`, within their limits."""
-    return min(max(chunk_scan.fit_chunk(chunk, length), SMALLEST_CHUNK), LARGEST_CHUNK)
+_LIMITS = {"smallest": SMALLEST_CHUNK, "largest": LARGEST_CHUNK}
 
 
 def _kernel(**options: Any) -> Any:
-    return functools.partial(sharded_scan, interpret=dispatch.interpreting(), **options)
-
-
-def scan_pallas(call: ScanCall) -> tuple[Array, Array]:
-    """Computes a call of `gated_linear_scan` or `gated_delta_scan`."""
-    return linear_scan.chunked(call, _kernel(out_dtype=call.dtype), chunk_length)
-
-
-def sparse_pallas(call: SparseCall) -> tuple[Array, Array]:
-    """Computes a call of `sparse_state_attention`: the sorted streams of `varlen`."""
-    return sparse_state.varlen(call, _kernel(), chunk_length)
+    return functools.partial(sharded_scan, state_scan, interpret=dispatch.interpreting(), **options)
 
 
 def refuse(call: ScanCall) -> str | None:
     """Says why the kernels cannot do a call, or None."""
-    chunk = chunk_length(call.chunk, call.q.shape[1])
+    chunk = chunk_length(call.chunk, call.q.shape[1], **_LIMITS)
     return refusal(rows=call.q.shape[-1], width=call.v.shape[-1], chunk=chunk, dtype=call.dtype)
 
 
 def refuse_sparse(call: SparseCall) -> str | None:
     """Says why the kernels or sorted streams cannot do a call, or None."""
     batch, length, _, rows = call.q_shared.shape
-    chunk = chunk_length(call.chunk, length)
+    chunk = chunk_length(call.chunk, length, **_LIMITS)
     entries = -(-batch // sharding.shard_count("batch")) * sparse_state.varlen_chunks(call, chunk)
     return sparse_state.refuse_varlen(call) or refusal(
         rows=rows, width=call.v.shape[-1], chunk=chunk, dtype=call.dtype, entries=entries
     )
 
 
-def defer(call: ScanCall | SparseCall) -> str | None:
-    """Says why another implementation serves better, or None."""
-    length = call.v.shape[1]
-    if length < SMALLEST_CHUNK:
-        return f"{length} tokens: a chunk of the kernel has at least {SMALLEST_CHUNK}"
-    return "no TPU has timed it against the chunks in XLA yet; name it to have it"
-
-
-IMPLEMENTATION = dispatch.Implementation(scan_pallas, refuse, defer)
-SPARSE = dispatch.Implementation(sparse_pallas, refuse_sparse, defer)
+IMPLEMENTATION, SPARSE = implementations(_kernel, refuse, refuse_sparse, device="TPU", **_LIMITS)

@@ -1,4 +1,4 @@
-"""The scan as a differentiable function of arrays: layouts, padding, gradients, and sequences split over a mesh axis."""
+"""The scan as a differentiable function of arrays: layouts, padding, gradients."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.ops.chunk_scan import Chains
-from kernels_pallas.state_scan.chunk import RESET, Spec
+from kernels_pallas.common.state_scan import cut, log_factors, stream_dtype
+from kernels_pallas.state_scan.chunk import Spec
 from kernels_pallas.state_scan.tpu import Inputs, backward, forward, states_before
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 LARGEST_ROWS, LARGEST_WIDTH = 256, 512
-# A decay below this is a reset: what it would keep is far below the last digit of anything.
-_TINY = 1e-30
 # int32 entries of the table of chains that fit into scalar memory beside everything else
 _SCALAR_ENTRIES = 128 * 1024
 # Elements of the states of the heads that one step of the grid works on
@@ -62,12 +61,9 @@ def state_scan(
     Source:
         arXiv 2312.06635 (gated linear attention), 2406.06484 and 2412.06464 (delta rule), 2507.16577 (chains).
     """
-    batch, heads, count, size, rows = q.shape
-    width = v.shape[-1]
-    exact = precision == jax.lax.Precision.HIGHEST
-    stream = jnp.float32 if exact else jnp.bfloat16
+    rows, width = k.shape[-1], v.shape[-1]
+    log_decay, stream = log_factors(decay), stream_dtype(precision)
     channel = decay.shape[-1] > 1
-    log_decay = log_factors(decay)
     numbers = ([] if channel else [log_decay]) + ([] if beta is None else [beta])
     inputs = Inputs(
         q=_pad(q.astype(stream)),
@@ -76,80 +72,14 @@ def state_scan(
         g=_pad(log_decay) if channel else None,
         tokens=jnp.concatenate(numbers, axis=-1).swapaxes(-1, -2) if numbers else None,
     )
-    spec = Spec(
-        batch=batch,
-        heads=heads,
-        chunks=count,
-        chunk=size,
-        rows=inputs.k.shape[-1],
-        width=inputs.v.shape[-1],
-        chains=1 if chains is None else chains.last.shape[1],
-        channel=channel,
-        delta=beta is not None,
-        initial=initial is not None,
-        listed=chains is not None,
-        group=1,
-        exact=exact,
-        out_dtype=jnp.dtype(out_dtype),
-        interpret=interpret,
+    given = {"decay": decay, "beta": beta, "chains": chains, "initial": initial}
+    spec = Spec.of(
+        inputs.k, inputs.v, precision=precision, out_dtype=out_dtype, interpret=interpret, group=group or 1, **given
     )
-    spec = dataclasses.replace(spec, group=_group(spec) if group is None else group)
+    spec = spec if group else dataclasses.replace(spec, group=_group(spec))
     table = None if chains is None else chains.chain.astype(jnp.int32).reshape(-1)
     out, final = _scan(spec, table, None if chains is None else chains.last, inputs, None if initial is None else _turned(initial))
-    final = _turned(final)[..., :rows, :width]
-    if chains is not None and chains.cleared is not None:
-        final = jnp.where(chains.cleared[..., None, None, None], 0.0, final)
-    return out[..., :width], final
-
-
-def log_factors(decay: jax.Array) -> jax.Array:
-    """Logarithms of decay factors in [0, 1], `RESET` for those below 1e-30."""
-    return jnp.where(decay < _TINY, RESET, jnp.log(jnp.maximum(decay, _TINY)))
-
-
-def sharded_scan(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    decay: jax.Array,
-    beta: jax.Array | None,
-    chains: Chains | None,
-    initial: jax.Array | None,
-    axis: Any,
-    precision: Any,
-    *,
-    scan: Any = state_scan,
-    **options: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """Runs a scan where the manual mesh axis (or axes) `axis` splits the sequence; `axis` None = it does not.
-
-    Every device first runs its chunks from probes: empty states, beside which extra value columns carry the identity (delta
-    rule) or ones (diagonal decays) along and end as the map from a state before the device's part to one after. Maps and
-    states are gathered and folded, and each device runs again from the state that reaches it.
-
-    Arguments and results are those of `scan`, a function like `state_scan` that gets the `options` too; the final states are
-    those of the whole sequence, on every device.
-    """
-    if axis is None:
-        return scan(q, k, v, decay, beta, chains, initial, precision, **options)
-    batch, heads, rows, width = *k.shape[:2], k.shape[-1], v.shape[-1]
-    count = 1 if chains is None else chains.last.shape[1]
-    columns = jnp.ones((rows, 1)) if beta is None else jnp.eye(rows)
-    probe = jnp.concatenate([jnp.zeros((rows, width)), columns], axis=-1)
-    probe = jnp.broadcast_to(probe, (batch, count, heads, *probe.shape))
-    wide = jnp.pad(v, [(0, 0)] * 4 + [(0, columns.shape[-1])])
-    _, after = scan(q, k, wide, decay, beta, chains, probe, precision, **options)
-    state = jnp.zeros_like(after[..., :width]) if initial is None else initial
-    starts = []
-    for part in jax.lax.all_gather(after, axis):
-        starts.append(state)
-        alone, onward = part[..., :width], part[..., width:]
-        if beta is None:
-            state = alone + onward * state
-        else:
-            state = alone + jnp.einsum("bsnkl,bsnlv->bsnkv", onward, state, precision=precision)
-    start = jnp.stack(starts)[jax.lax.axis_index(axis)]
-    return scan(q, k, v, decay, beta, chains, start, precision, **options)[0], state
+    return cut(out, _turned(final), chains, rows, width)
 
 
 def refusal(*, rows: int, width: int, chunk: int, dtype: Any, entries: int = 0) -> str | None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from attnlab.ops.chunk_scan import Chains
 from kernels_pallas.attention_triton import launch
-from kernels_pallas.state_scan.vjp import log_factors
+from kernels_pallas.common.state_scan import ScanSpec, cut, log_factors, stream_dtype
 from kernels_pallas.state_scan_triton import tuning
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 64
@@ -23,43 +23,15 @@ LARGEST_ROWS = 256
 _MODULE = "kernels_pallas.state_scan_triton.kernels"
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """Static description of a scan, in the kernels' own layout.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec(ScanSpec):
+    """Static description of a scan.
 
     Attributes:
-        batch: B.
-        heads: N.
-        chunks: n, per batch row and head.
-        chunk: C.
-        rows: Hk, padded.
-        width: Hv, padded.
-        chains: S, chains of chunks per batch row.
-        channel: decays are per key channel, else per head.
-        delta: the delta rule.
-        initial: initial states are given.
-        listed: the chunks come with a table of their chains; else all of a row are one chain.
-        exact: products in float32, else their factors are rounded to bfloat16.
-        out_dtype: of the outputs.
         device_kind: the GPU to compile for where none is present.
-        interpret: run in Triton's interpreter.
     """
 
-    batch: int
-    heads: int
-    chunks: int
-    chunk: int
-    rows: int
-    width: int
-    chains: int
-    channel: bool
-    delta: bool
-    initial: bool
-    listed: bool
-    exact: bool
-    out_dtype: Any
     device_kind: str | None
-    interpret: bool
 
 
 class Inputs(NamedTuple):
@@ -98,65 +70,37 @@ def state_scan(
     device_kind: str | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs chains of states through chunks: what `chunk_scan.contributions` and `run_chains` compute.
+    """What `kernels_pallas.state_scan.state_scan` computes; the arguments are the same, but for the last two.
 
     Args:
-        q: [B, N, n, C, Hk], scaled, C = 16, 32 or 64. Tokens that are padding have zeros in q, k, v and beta, and a decay of 1.
-        k: [B, N, n, C, Hk].
-        v: [B, N, n, C, Hv].
-        decay: [B, N, n, C, Hk or 1], factors in [0, 1]; one below 1e-30 is taken for 0.
-        beta: [B, N, n, C, 1] for the delta rule, else None.
-        chains: of the chunks, each in one piece and in ascending order; None = each row is one chain.
-        initial: states that the chains start from, [B, S, N, Hk, Hv] float32, or None = zeros.
-        precision: HIGHEST computes in float32; else q, k and v are rounded to bfloat16, as are the factors of all products but
-            those in the decays and in the delta rule's inverse.
-        out_dtype: of the outputs.
+        q: as there, like all that follow; C = 16, 32 or 64.
+        k: as there.
+        v: as there.
+        decay: as there.
+        beta: as there.
+        chains: as there, and in ascending order.
+        initial: as there.
+        precision: as there.
+        out_dtype: as there.
         device_kind: the GPU to compile for where none is present.
         interpret: run in Triton's interpreter.
-
-    Returns:
-        Outputs [B, N, n, C, Hv], and the states after each chain [B, S, N, Hk, Hv] float32, those of empty chains as they were.
-
-    Source:
-        arXiv 2312.06635 (gated linear attention), 2406.06484 and 2412.06464 (delta rule), 2507.16577 (chains).
     """
-    batch, heads, count, size, rows = q.shape
-    width = v.shape[-1]
-    exact = precision == jax.lax.Precision.HIGHEST
-    stream = jnp.float32 if exact else jnp.bfloat16
-    channel = decay.shape[-1] > 1
-    log_decay = log_factors(decay)
+    rows, width = k.shape[-1], v.shape[-1]
+    log_decay, stream = log_factors(decay), stream_dtype(precision)
     inputs = Inputs(
         q=_pad(q.astype(stream)),
         k=_pad(k.astype(stream)),
         v=_pad(v.astype(stream), tuning.padded_width),
-        g=_pad(log_decay) if channel else log_decay[..., 0],
+        g=_pad(log_decay) if decay.shape[-1] > 1 else log_decay[..., 0],
         beta=None if beta is None else beta[..., 0],
     )
-    spec = Spec(
-        batch=batch,
-        heads=heads,
-        chunks=count,
-        chunk=size,
-        rows=inputs.k.shape[-1],
-        width=inputs.v.shape[-1],
-        chains=1 if chains is None else chains.last.shape[1],
-        channel=channel,
-        delta=beta is not None,
-        initial=initial is not None,
-        listed=chains is not None,
-        exact=exact,
-        out_dtype=jnp.dtype(out_dtype),
-        device_kind=device_kind,
-        interpret=interpret,
-    )
+    given = {"decay": decay, "beta": beta, "chains": chains, "initial": initial}
+    where = {"device_kind": device_kind, "interpret": interpret}
+    spec = Spec.of(inputs.k, inputs.v, precision=precision, out_dtype=out_dtype, **given, **where)
     if initial is not None:
         initial = _pad(_pad(initial, tuning.padded_width).swapaxes(-1, -2)).swapaxes(-1, -2)
     out, final = _scan(spec, None if chains is None else _bounds(chains), inputs, initial)
-    final = final[..., :rows, :width]
-    if chains is not None and chains.cleared is not None:
-        final = jnp.where(chains.cleared[..., None, None, None], 0.0, final)
-    return out[..., :width], final
+    return cut(out, final, chains, rows, width)
 
 
 def refusal(*, rows: int, dtype: Any, interpret: bool = False) -> str | None:

@@ -10,7 +10,8 @@ import pytest
 from attnlab import ops
 from attnlab.ops import chunk_scan, dispatch, sparse_state
 from attnlab.ops.linear_scan import l2_normalize
-from kernels_pallas.state_scan import sharded_scan, state_scan
+from kernels_pallas.common.state_scan import sharded_scan
+from kernels_pallas.state_scan import state_scan
 from kernels_pallas.state_scan.chunk import unit_lower_inverses
 
 HK, HV = 8, 4
@@ -123,7 +124,7 @@ def test_a_split_sequence_continues():
 
     def split(*arrays):
         parts = [x.reshape(1, 1, 2, 2, *x.shape[3:]).swapaxes(0, 2)[:, 0, :, None] for x in arrays]
-        local = lambda *x: sharded_scan(*x, None, None, initial, "context", high, interpret=True)  # noqa: E731
+        local = lambda *x: sharded_scan(state_scan, *x, None, None, initial, "context", high, interpret=True)  # noqa: E731
         out, final = jax.vmap(local, axis_name="context")(*parts)
         return out, final
 

@@ -11,7 +11,7 @@ from attnlab import ops
 from attnlab.ops import chunk_scan, dispatch, sparse_state
 from attnlab.ops.linear_scan import l2_normalize
 from kernels_pallas.attention_triton import launch
-from kernels_pallas.state_scan import sharded_scan
+from kernels_pallas.common.state_scan import sharded_scan
 from kernels_pallas.state_scan_triton import refusal, state_scan, tuning
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -129,7 +129,7 @@ def test_a_split_sequence_continues():
 
     def split(*arrays):
         parts = [x.reshape(1, 1, 2, 2, *x.shape[3:]).swapaxes(0, 2)[:, 0, :, None] for x in arrays]
-        scan = functools.partial(sharded_scan, scan=state_scan, interpret=True)
+        scan = functools.partial(sharded_scan, state_scan, interpret=True)
         return jax.vmap(lambda *x: scan(*x, None, initial, "context", HIGHEST), axis_name="context")(*parts)
 
     out, final = jax.jit(split)(*whole)
