@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from attnlab.errors import ConfigError, nearest
 from attnlab.models.lm import REMAT_POLICIES
-from attnlab.models.options import from_options
+from attnlab.models.options import ImageModel
 from attnlab.nn.bilevel_routing import BiLevelRoutingAttention
 from attnlab.nn.norm import LayerScale
 from attnlab.nn.partitioning import constrain
@@ -103,7 +103,7 @@ class BiFormerBlock(nn.Module):
         )(x)[0]  # fmt: skip
 
 
-class BiFormer(nn.Module):
+class BiFormer(ImageModel):
     """Stem, four stages of blocks with a downsampling before each but the first, batch norm, mean, linear classifier.
 
     `BiFormer.sized("tiny")` (or "small", "base", "stl") is a published model. Parameters:
@@ -139,6 +139,8 @@ class BiFormer(nn.Module):
         capture_attention: every attention sows its weights and routes to `intermediates`.
     """
 
+    sizes = SIZES
+
     num_classes: int = 1000
     depths: tuple[int, ...] = (2, 2, 8, 2)
     dims: tuple[int, ...] = (64, 128, 256, 512)
@@ -161,22 +163,6 @@ class BiFormer(nn.Module):
     capture_attention: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    @classmethod
-    def sized(cls, size: str, **changes: Any) -> BiFormer:
-        """Returns the published model of that name with some fields changed.
-
-        Raises:
-            ConfigError: unknown name.
-        """
-        if size not in SIZES:
-            raise ConfigError(f"size = {size!r}: unknown, {nearest(size, SIZES)}")
-        return cls(**{**SIZES[size], **changes})
-
-    @classmethod
-    def from_config(cls, model: Any, num_classes: int, image_shape: tuple[int, int, int]) -> BiFormer:
-        """Builds the module from `config.model`; any image shape does whose maps the regions divide."""
-        return from_options(cls, model, num_classes=num_classes)
 
     def setup(self) -> None:
         """Declares the parts; called by flax."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attnlab.errors import ConfigError, nearest
-from attnlab.models.options import from_options
+from attnlab.models.options import ImageModel
 from attnlab.models.vit import sincos_positions
 from attnlab.nn.mixture_of_heads import MixtureOfHeads
 from attnlab.nn.partitioning import constrain, named
@@ -86,7 +86,7 @@ class DiTBlock(nn.Module):
         return constrain(x, "act_batch", "act_seq", "act_embed")
 
 
-class DiT(nn.Module):
+class DiT(ImageModel):
     """Patches, fixed sine positions, blocks conditioned on time and class, a modulated linear map back to pixels.
 
     Parameters: `patches` [P P C, D], `time_1`, `time_2`, `classes` [num_classes + 1, D] (the last one: no class), `blocks_{i}`
@@ -124,11 +124,6 @@ class DiT(nn.Module):
     capture_attention: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    @classmethod
-    def from_config(cls, model: Any, num_classes: int, image_shape: tuple[int, int, int]) -> DiT:
-        """Builds the module from `config.model`."""
-        return from_options(cls, model, num_classes=num_classes, image_shape=tuple(image_shape))
 
     @nn.compact
     def __call__(self, images: jax.Array, times: jax.Array, labels: jax.Array, *, deterministic: bool = True) -> jax.Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attnlab.errors import ConfigError
-from attnlab.models.options import from_options
+from attnlab.models.options import ImageModel
 from attnlab.nn.feature_gates import GatedBlock
 from attnlab.nn.norm import LayerNorm
 from attnlab.nn.partitioning import named
@@ -25,7 +25,7 @@ from attnlab.nn.projection import INIT_STD, Projection
 from attnlab.nn.vision import Conv
 
 
-class GatedViT(nn.Module):
+class GatedViT(ImageModel):
     """Patches, a class token, learned positions, gated blocks, final norm, a linear head.
 
     Parameters: `patches`, `class_token` [1, D] (where it pools), `positions` [T, D], `blocks_{i}` (`GatedBlock`), `final_norm`,
@@ -62,11 +62,6 @@ class GatedViT(nn.Module):
     capture_attention: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    @classmethod
-    def from_config(cls, model: Any, num_classes: int, image_shape: tuple[int, int, int]) -> GatedViT:
-        """Builds the module from `config.model`."""
-        return from_options(cls, model, num_classes=num_classes, image_shape=tuple(image_shape))
 
     def setup(self) -> None:
         """Declares the parts; called by flax."""

@@ -3,7 +3,7 @@
 "Rectifying Magnitude Neglect in Linear Attention" (Fan et al., 2025, arXiv 2507.00698). The published sizes are hybrids:
 linear attention in the two early stages, where maps are large, and softmax attention in the two late ones.
 
-    model = mavit("tiny", num_classes=1000)
+    model = MAViT.sized("tiny", num_classes=1000)
     variables = model.init(jax.random.key(0), images)             # images [B, Y, X, 3]
     logits = model.apply(variables, images)
 """
@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attnlab.errors import ConfigError, nearest
-from attnlab.models.options import from_options
+from attnlab.errors import ConfigError
+from attnlab.models.options import ImageModel
 from attnlab.nn.magnitude_aware import MagnitudeAwareMapAttention
 from attnlab.nn.norm import LayerNorm, LayerScale
 from attnlab.nn.partitioning import constrain
@@ -122,7 +122,7 @@ class MAViTBlock(nn.Module):
         return DropPath(self.drop_path, name=f"{name}_drop")(y, deterministic=deterministic)
 
 
-class MAViT(nn.Module):
+class MAViT(ImageModel):
     """Stem (stride 4), four stages of blocks with a strided convolution between them, a convolutional head.
 
     Parameters: `stem_convs_{0..3}`, `stem_norms_{0..3}`, `stages_{i}_{j}` (block j of stage i), `merge_convs_{i}`,
@@ -142,6 +142,8 @@ class MAViT(nn.Module):
         capture_attention: every attention sows its weights [B, N, T, T].
     """
 
+    sizes = SIZES
+
     num_classes: int = 1000
     dims: tuple[int, ...] = (64, 128, 256, 512)
     depths: tuple[int, ...] = (2, 2, 6, 2)
@@ -155,11 +157,6 @@ class MAViT(nn.Module):
     capture_attention: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    @classmethod
-    def from_config(cls, model: Any, num_classes: int, image_shape: tuple[int, int, int]) -> MAViT:
-        """Builds the module from `config.model`; any image shape does."""
-        return from_options(cls, model, num_classes=num_classes)
 
     def setup(self) -> None:
         """Declares the parts; called by flax."""
@@ -245,15 +242,3 @@ class MAViT(nn.Module):
                 )
             kinds.append(tuple(_FLAGS[flag] for flag in flags))
         return kinds
-
-
-def mavit(size: str, **fields: Any) -> MAViT:
-    """Returns a published size ("tiny", "small", "base", "large", or its first letter); `fields` override.
-
-    Raises:
-        ConfigError: unknown size.
-    """
-    names = {name[0].upper(): name for name in SIZES} | {name: name for name in SIZES}
-    if size not in names:
-        raise ConfigError(f"size = {size!r}: unknown, {nearest(size, SIZES)}")
-    return MAViT(**(SIZES[names[size]] | fields))

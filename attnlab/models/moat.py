@@ -22,16 +22,19 @@ from flax import linen as nn
 
 from attnlab.errors import ConfigError, nearest
 from attnlab.models.lm import REMAT_POLICIES
-from attnlab.models.options import from_options
+from attnlab.models.options import ImageModel
 from attnlab.nn.norm import LayerNorm
 from attnlab.nn.partitioning import constrain
 from attnlab.nn.projection import INIT_STD, Projection
-from attnlab.nn.vision import BatchNorm, Conv, ConvStem, DropPath, average_pool, drop_path_rates
+from attnlab.nn.vision import MLP, BatchNorm, Conv, ConvStem, DropPath, average_pool, drop_path_rates
 from attnlab.nn.window_attention import WindowAttention
 
 # Every kernel starts at N(0, 0.02^2), every bias at zero; batch norm is that of Keras.
 _INIT = {"kernel_init": nn.initializers.normal(INIT_STD), "bias_init": nn.initializers.zeros_init()}
 KERAS = {"epsilon": 1e-3, "momentum": 0.01, "unbiased": False}
+
+# Kinds of blocks with attention: the published one, and two that the paper compares it with.
+PARTS = {"moat": ("mbconv", "attention"), "attention_mbconv": ("attention", "mbconv"), "transformer": ("attention", "mlp")}
 
 # Table 1 of the paper; `drop_path` of moat_2 to moat_4 is that of fine-tuning after ImageNet-22K.
 _SHALLOW, _MIDDLE, _DEEP = {"depths": (2, 3, 7, 2)}, {"depths": (2, 6, 14, 2)}, {"depths": (2, 12, 28, 2)}
@@ -112,20 +115,24 @@ class MBConv(nn.Module):
 class MOATBlock(nn.Module):
     """u = MBConv(x), then u + attend(layer norm(u)) (figure 1 of the paper); the next block's MBConv is this one's MLP.
 
-    Parameters: `mbconv`, `attention_norm`, `attention` (a `WindowAttention`).
+    Parameters: `mbconv`, `attention_norm`, `attention` (a `WindowAttention`); `mlp_norm`, `mlp` where it is a part.
 
     Attributes:
         features: D.
+        parts: what follows what, one of `PARTS`: the parts in the other order, or attention and MLP, a Transformer's block,
+            which keeps size and channels of the map.
         head_dim: H, divides D.
         window: of the attention; None = the whole map.
         position_size: of the relative bias' table, None = no bias.
         pad_windows: fill up maps that windows do not divide, the padding hidden; else they are refused, as published.
-        stride, expansion, kernel, pool_size, drop_path, batch_norm: of `MBConv`; drop path also acts on the attention.
+        stride, expansion, kernel, pool_size, drop_path, batch_norm: of `MBConv`; drop path also acts on the other parts, and
+            the expansion is that of the MLP too.
         norm_epsilon: of the layer norm.
         capture_attention: of the attention.
     """
 
     features: int
+    parts: tuple[str, str] = PARTS["moat"]
     head_dim: int = 32
     window: tuple[int, int] | None = None
     position_size: int | tuple[int, int] | None = 7
@@ -146,25 +153,36 @@ class MOATBlock(nn.Module):
         """Maps [B, Y, X, C] to [B, ceil(Y / stride), ceil(X / stride), D].
 
         Raises:
-            ConfigError: a head width that does not divide D, or windows that do not divide the map.
+            ConfigError: a head width that does not divide D, windows that do not divide the map, or a Transformer's block that
+                has to change it.
         """
-        if self.features % self.head_dim:
-            raise ConfigError(f"head_dim = {self.head_dim}: does not divide a stage of width {self.features}. Choose a divisor.")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        u = MBConv(
-            self.features, self.stride, self.expansion, self.kernel, pool_size=self.pool_size, drop_path=self.drop_path,
-            batch_norm=self.batch_norm, name="mbconv", **types,
-        )(x, deterministic)  # fmt: skip
-        attention = WindowAttention(
-            self.features, self.features // self.head_dim, self.window, self.position_size,
+        if "mbconv" not in self.parts and (self.stride > 1 or x.shape[-1] != self.features):
+            change = f"{x.shape[-1]} channels to {self.features} at stride {self.stride}"
+            raise ConfigError(f"a block of {self.parts} cannot map {change}. Change the map in a stage of another kind before.")
+        for part in self.parts:
+            if part == "mbconv":
+                x = MBConv(
+                    self.features, self.stride, self.expansion, self.kernel, pool_size=self.pool_size, drop_path=self.drop_path,
+                    batch_norm=self.batch_norm, name="mbconv", **types,
+                )(x, deterministic)  # fmt: skip
+                continue
+            y = LayerNorm(self.norm_epsilon, self.param_dtype, name=f"{part}_norm")(x)
+            y = self._attend(y, types) if part == "attention" else MLP(int(self.expansion * self.features), name="mlp", **types)(y)
+            x = x + DropPath(self.drop_path, name=f"{part}_drop")(y, deterministic=deterministic)
+        return constrain(x, "act_batch", None, None, "act_embed")
+
+    def _attend(self, x: jax.Array, types: dict[str, Any]) -> jax.Array:
+        dim = x.shape[-1]  # before a strided MBConv not yet that of the block
+        if dim % self.head_dim:
+            raise ConfigError(f"head_dim = {self.head_dim}: does not divide a stage of width {dim}. Choose a divisor.")
+        return WindowAttention(
+            dim, dim // self.head_dim, self.window, self.position_size,
             padding="masked" if self.pad_windows else "refuse", capture_attention=self.capture_attention, name="attention", **types,
-        )  # fmt: skip
-        y = attention(LayerNorm(self.norm_epsilon, self.param_dtype, name="attention_norm")(u))
-        y = u + DropPath(self.drop_path, name="attention_drop")(y, deterministic=deterministic)
-        return constrain(y, "act_batch", None, None, "act_embed")
+        )(x)  # fmt: skip
 
 
-class MOAT(nn.Module):
+class MOAT(ImageModel):
     """Stem, stages of MBConv and MOAT blocks, mean, layer norm, linear classifier.
 
     `MOAT.sized("moat_0")` (to "moat_4", "tiny_moat_0" to "tiny_moat_3") is a published model. Parameters: `stem`,
@@ -174,11 +192,13 @@ class MOAT(nn.Module):
     Attributes:
         num_classes: 0 = no classifier: the result is the normalised mean of the last map.
         stem: channels of its two 3x3 convolutions, the first of stride 2.
-        kinds: of the blocks of each stage, "mbconv" or "moat".
+        kinds: of the blocks of each stage, "mbconv" or "moat"; to compare also "attention_mbconv" (a MOAT block in the other
+            order) and "transformer" (attention and MLP).
         depths: blocks by stage.
         dims: channels by stage.
         strides: of the first block of each stage.
         expansion: inner channels of a block over its own.
+        kernel: of the depthwise convolutions; 1 = no position sees another through them.
         se_ratio: of squeeze-and-excitation in "mbconv" stages.
         pool_size: of the shortcuts; 2 for classification, 3 in the published dense backbones.
         head_dim: of the attention.
@@ -194,6 +214,8 @@ class MOAT(nn.Module):
         capture_attention: every attention sows its weights.
     """
 
+    sizes = SIZES
+
     num_classes: int = 1000
     stem: tuple[int, ...] = (64, 64)
     kinds: tuple[str, ...] = ("mbconv", "mbconv", "moat", "moat")
@@ -201,6 +223,7 @@ class MOAT(nn.Module):
     dims: tuple[int, ...] = (96, 192, 384, 768)
     strides: tuple[int, ...] = (2, 2, 2, 2)
     expansion: float = 4
+    kernel: int = 3
     se_ratio: float = 0.25
     pool_size: int = 2
     head_dim: int = 32
@@ -216,22 +239,6 @@ class MOAT(nn.Module):
     capture_attention: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    @classmethod
-    def sized(cls, size: str, **changes: Any) -> MOAT:
-        """Returns the published model of that name with some fields changed.
-
-        Raises:
-            ConfigError: unknown name.
-        """
-        if size not in SIZES:
-            raise ConfigError(f"size = {size!r}: unknown, {nearest(size, SIZES)}")
-        return cls(**{**SIZES[size], **changes})
-
-    @classmethod
-    def from_config(cls, model: Any, num_classes: int, image_shape: tuple[int, ...]) -> MOAT:
-        """Builds the module from `config.model`; any image shape does whose maps the windows divide."""
-        return from_options(cls, model, num_classes=num_classes)
 
     def setup(self) -> None:
         """Declares the parts; called by flax."""
@@ -288,6 +295,7 @@ class MOAT(nn.Module):
             "features": self.dims[i],
             "stride": self.strides[i] if j == 0 else 1,
             "expansion": self.expansion,
+            "kernel": self.kernel,
             "pool_size": self.pool_size,
             "drop_path": rate,
             "batch_norm": self.batch_norm,
@@ -300,6 +308,7 @@ class MOAT(nn.Module):
             return kind(se_ratio=self.se_ratio, **shared, **types)
         last = self.global_last and j == self.depths[i] - 1
         return kind(
+            parts=PARTS[self.kinds[i]],
             head_dim=self.head_dim,
             window=None if last else self.windows[i],
             position_size=self.position_sizes[i] if self.relative_positions else None,
@@ -317,7 +326,7 @@ class MOAT(nn.Module):
             if len(getattr(self, name)) != stages:
                 raise ConfigError(f"{name} = {getattr(self, name)}: dims = {self.dims} has {stages} stages. Give one entry each.")
         for kind in self.kinds:
-            if kind not in ("mbconv", "moat"):
-                raise ConfigError(f"kinds = {self.kinds}: {kind!r} is unknown, {nearest(kind, ('mbconv', 'moat'))}")
+            if kind not in ("mbconv", *PARTS):
+                raise ConfigError(f"kinds = {self.kinds}: {kind!r} is unknown, {nearest(kind, ('mbconv', *PARTS))}")
         if self.remat not in REMAT_POLICIES:
             raise ConfigError(f"remat = {self.remat!r}: unknown, {nearest(self.remat, REMAT_POLICIES)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax.numpy as jnp
 import ml_collections
@@ -16,6 +16,7 @@ from flax import linen as nn
 from ml_collections import config_dict
 
 from attnlab import registry
+from attnlab.errors import ConfigError, nearest
 
 Module = TypeVar("Module", bound=nn.Module)
 _TYPES = ("dtype", "param_dtype")
@@ -39,6 +40,34 @@ def options(name: str, **changes: Any) -> ml_collections.ConfigDict:
             value = jnp.dtype(value).name
         model[key] = config_dict.placeholder(object) if value is None else dict(value) if isinstance(value, Mapping) else value
     return model
+
+
+class ImageModel(nn.Module):
+    """Base of the image models: their published sizes, and the way from `config.model`."""
+
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @classmethod
+    def sized(cls, size: str, **changes: Any) -> Self:
+        """Returns the published model of that name with some fields changed.
+
+        Raises:
+            ConfigError: unknown name.
+        """
+        if size not in cls.sizes:
+            raise ConfigError(f"size = {size!r}: unknown, {nearest(size, cls.sizes)}")
+        return cls(**{**cls.sizes[size], **changes})
+
+    @classmethod
+    def from_config(cls, model: Any, num_classes: int, image_shape: tuple[int, ...]) -> Self:
+        """Builds the module from `config.model`, for images [Y, X, C] (of video: [F, Y, X, C]).
+
+        Raises:
+            ConfigError: images that the model cannot take.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        shape = {"image_shape": tuple(image_shape)} if "image_shape" in fields else {}
+        return from_options(cls, model, num_classes=num_classes, **shape)
 
 
 def from_options(cls: type[Module], model: Any, **fields: Any) -> Module:

@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from attnlab.errors import ConfigError, nearest
 from attnlab.models.lm import REMAT_POLICIES
-from attnlab.models.options import from_options
+from attnlab.models.options import ImageModel
 from attnlab.nn.norm import LayerNorm
 from attnlab.nn.projection import Projection
 from attnlab.nn.uniformer import GlobalBlock, LocalBlock
@@ -54,7 +54,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-class UniFormer(nn.Module):
+class UniFormer(ImageModel):
     """Four stages of local and global blocks with a patch embedding before each, batch norm, mean, linear classifier.
 
     `UniFormer.sized("small")` is a published model, see `SIZES`. Parameters: `embed_{i}`, `stage_{i}_{j}` (block j of stage
@@ -85,6 +85,8 @@ class UniFormer(nn.Module):
         capture_attention: every attention sows its weights.
     """
 
+    sizes = SIZES
+
     num_classes: int = 1000
     depths: tuple[int, ...] = (3, 4, 8, 3)
     dims: tuple[int, ...] = (64, 128, 320, 512)
@@ -110,17 +112,6 @@ class UniFormer(nn.Module):
     param_dtype: Any = jnp.float32
 
     @classmethod
-    def sized(cls, size: str, **changes: Any) -> UniFormer:
-        """Returns the published model of that name with some fields changed.
-
-        Raises:
-            ConfigError: unknown name.
-        """
-        if size not in SIZES:
-            raise ConfigError(f"size = {size!r}: unknown, {nearest(size, SIZES)}")
-        return cls(**{**SIZES[size], **changes})
-
-    @classmethod
     def from_config(cls, model: Any, num_classes: int, image_shape: tuple[int, ...]) -> UniFormer:
         """Builds the module from `config.model`; the images are [Y, X, C], those of a video model [F, Y, X, C].
 
@@ -129,7 +120,7 @@ class UniFormer(nn.Module):
         """
         if len(image_shape) != (4 if model.video else 3):
             raise ConfigError(f"config.model.video = {model.video}: the data have the shape {tuple(image_shape)}. Set the other.")
-        return from_options(cls, model, num_classes=num_classes)
+        return super().from_config(model, num_classes, image_shape)
 
     def setup(self) -> None:
         """Declares the parts; called by flax."""

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from attnlab.errors import ConfigError, nearest
 from attnlab.models.lm import REMAT_POLICIES
-from attnlab.models.options import from_options
+from attnlab.models.options import ImageModel
 from attnlab.models.uniformer import patch_embed
 from attnlab.nn.norm import LayerNorm
 from attnlab.nn.partitioning import named
@@ -34,7 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-class UniFormerLight(nn.Module):
+class UniFormerLight(ImageModel):
     """Two stages of local blocks and two of pruning blocks; one classifier for the map, one for the class token.
 
     Parameters: `embed_{i}`, `stage_{i}_{j}` (block j of stage i), `class_token` [1, 1, D], `class_embed`, `norm`, `head`,
@@ -56,6 +56,8 @@ class UniFormerLight(nn.Module):
         capture_attention: every attention sows its weights.
     """
 
+    sizes = SIZES
+
     num_classes: int = 1000
     depths: tuple[int, ...] = (2, 5, 8, 2)
     dims: tuple[int, ...] = (56, 112, 224, 448)
@@ -70,22 +72,6 @@ class UniFormerLight(nn.Module):
     capture_attention: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    @classmethod
-    def sized(cls, size: str, **changes: Any) -> UniFormerLight:
-        """Returns the published model of that name ("xxs", "xs") with some fields changed.
-
-        Raises:
-            ConfigError: unknown name.
-        """
-        if size not in SIZES:
-            raise ConfigError(f"size = {size!r}: unknown, {nearest(size, SIZES)}")
-        return cls(**{**SIZES[size], **changes})
-
-    @classmethod
-    def from_config(cls, model: Any, num_classes: int, image_shape: tuple[int, ...]) -> UniFormerLight:
-        """Builds the module from `config.model`; any image shape does."""
-        return from_options(cls, model, num_classes=num_classes)
 
     def setup(self) -> None:
         """Declares the parts; called by flax."""

@@ -19,7 +19,7 @@ from flax import linen as nn
 from attnlab import registry
 from attnlab.errors import ConfigError, nearest
 from attnlab.models.lm import REMAT_POLICIES
-from attnlab.models.options import from_options
+from attnlab.models.options import ImageModel
 from attnlab.nn.norm import LayerNorm, LayerScale
 from attnlab.nn.partitioning import constrain, named
 from attnlab.nn.projection import INIT_STD, Projection
@@ -87,7 +87,7 @@ class Group(nn.Module):
         return x, None
 
 
-class ViT(nn.Module):
+class ViT(ImageModel):
     """The model; layer l has the mixer `pattern[l % P]`. Parameters:
 
         patches                              a convolution whose kernel is its stride
@@ -118,6 +118,8 @@ class ViT(nn.Module):
         capture_attention: attention mixers sow their weights to `intermediates`.
     """
 
+    sizes = SIZES
+
     num_classes: int = 1000
     image_shape: tuple[int, int, int] = (224, 224, 3)
     patch_size: int = 16
@@ -141,19 +143,8 @@ class ViT(nn.Module):
     @classmethod
     def from_config(cls, model: Any, num_classes: int, image_shape: tuple[int, int, int]) -> ViT:
         """Builds the module from `config.model`; only the options of mixers in use are read."""
-        vit = from_options(cls, model, num_classes=num_classes, image_shape=tuple(image_shape))
+        vit = super().from_config(model, num_classes, image_shape)
         return vit.clone(mixer_options={entry: vit.mixer_options[entry] for entry in vit.entries() if entry in vit.mixer_options})
-
-    @classmethod
-    def sized(cls, size: str, **changes: Any) -> ViT:
-        """Returns the published model of that name ("ti16", "s16", "b16", "l16") with some fields changed.
-
-        Raises:
-            ConfigError: unknown name.
-        """
-        if size not in SIZES:
-            raise ConfigError(f"size = {size!r}: unknown, {nearest(size, SIZES)}")
-        return cls(**{**SIZES[size], **changes})
 
     @nn.nowrap
     def entries(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import pytest
 from flax.core import meta
 
 from attnlab.errors import ConfigError
-from attnlab.models.mavit import MAViT, mavit
+from attnlab.models.mavit import MAViT
 
 TINY = {
     "num_classes": 5,
@@ -23,12 +23,11 @@ TINY = {
 
 @pytest.mark.parametrize(("size", "millions"), [("tiny", 16.45), ("small", 27.14), ("base", 49.79), ("large", 97.77)])
 def test_published_sizes(size, millions):
-    model = mavit(size)
+    model = MAViT.sized(size)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) / 1e6, 2) == millions
     widths = {dim // heads for dim, heads in zip(model.dims, model.num_heads, strict=True)}
     assert widths == ({64} if size in ("tiny", "small") else {64, 96})
-    assert mavit(size[0].upper()) == model
 
 
 def test_maps_at_odd_sizes_training_and_remat():
@@ -97,6 +96,6 @@ def test_fields_that_do_not_fit(fields, message):
 
 def test_bad_sizes():
     with pytest.raises(ConfigError, match="did you mean 'small'"):
-        mavit("smal")
+        MAViT.sized("smal")
     with pytest.raises(ConfigError, match=r"need \[B, height, width, channels\]"):
         jax.eval_shape(MAViT(**TINY).init, jax.random.key(0), jnp.zeros((32, 32, 3)))

@@ -84,6 +84,29 @@ def test_training_drop_path_and_remat():
     assert np.any(stats["stage_1_0"]["mbconv"]["pre_norm"]["mean"])
 
 
+def test_the_same_parts_in_other_orders():
+    def built(kind, **changes):
+        fields = {"kinds": ("mbconv", kind), "depths": (1, 2), "dims": (8, 8), "strides": (2, 1), "windows": (None,) * 2}
+        model = MOAT(**TINY | {"position_sizes": (None, 2), "num_classes": 0, **fields, **changes})
+        images, variables = start(model, 1, 16, 16, 3)
+        assert jax.eval_shape(model.apply, variables, images).shape == (1, 8)
+        return variables["params"], lambda: model.apply(variables, images)
+
+    published, run = built("moat")
+    swapped, other = built("attention_mbconv")
+    jax.tree.map(np.testing.assert_array_equal, published, swapped)
+    one, another = jax.jit(lambda: (run(), other()))()
+    assert np.abs(one - another).max() > 1e-3
+    transformer, _ = built("transformer")
+    assert set(transformer["stage_1_0"]) == {"attention_norm", "attention", "mlp_norm", "mlp"}
+    assert built("moat", kernel=1)[0]["stage_1_0"]["mbconv"]["depthwise"]["kernel"].shape[:2] == (1, 1)
+    # Attention before a strided convolution is that of the larger and narrower map.
+    strided, _ = built("attention_mbconv", strides=(2, 2), dims=(4, 8))
+    assert strided["stage_1_0"]["attention"]["query"]["kernel"].shape == (4, 1, 4)
+    with pytest.raises(ConfigError, match="cannot map 8 channels to 8 at stride 2"):
+        built("transformer", strides=(2, 2))
+
+
 def test_feature_pyramid():
     model = MOAT(**TINY)
     images, variables = start(model, 1, 64, 64, 3)
