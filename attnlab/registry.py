@@ -45,6 +45,7 @@ _TABLE: dict[str, dict[str, str]] = {
         "lm": "attnlab.models.lm:LM",
         "mavit": "attnlab.models.mavit:MAViT",
         "moat": "attnlab.models.moat:MOAT",
+        "moh_vit": "attnlab.models.moh_vit:MoHViT",
         "multistream": "attnlab.models.multistream:MultiStreamNet",
         "uniformer": "attnlab.models.uniformer:UniFormer",
         "uniformer_light": "attnlab.models.uniformer_light:UniFormerLight",

@@ -146,12 +146,12 @@ def test_map_attention_equals_its_formula():
 
 
 def test_relative_coordinates_are_listed_once():
-    table, index = relative_coordinates(3, 5)
+    table, index = relative_coordinates((3, 5))
     assert table.shape == (5 * 9, 2) and index.shape == (15, 15)
     np.testing.assert_allclose(table[index[0, 0]], 0.0)
     np.testing.assert_allclose(table[index[14, 0]], np.log2(9) / 3, rtol=1e-6)  # a whole side away on both axes
     np.testing.assert_array_equal(table[index], -table[index.T])
-    assert relative_coordinates(1, 1)[0].shape == (1, 2)
+    assert relative_coordinates((1, 1))[0].shape == (1, 2)
 
 
 def test_maps_that_do_not_fit():
