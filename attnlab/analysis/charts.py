@@ -184,6 +184,37 @@ def dot_chart(
     return _svg(width, height, title, parts, "chart")
 
 
+def histogram(
+    counts: np.ndarray, *, title: str, x_label: str = "", y_label: str = "", width: int = 150, height: int = 26
+) -> str:
+    """Bars of equal bins over 0..1; bare, for the cell of a table, unless it has an `x_label`.
+
+    Args:
+        counts: [K], not negative.
+        title: read aloud by screen readers; x_label: with unit; y_label: what is counted.
+        width: drawing units, as height.
+    """
+    top = max(float(counts.max()), 1.0)
+    edges = np.linspace(0.0, 1.0, len(counts) + 1)
+    if x_label:
+        box = Box(52, width - 14, 12, height - 42, (0.0, 1.0), (0.0, 1.05 * top))
+        marks = [(value, tick_label(value)) for value in ticks(0.0, 1.0, 5)]
+        levels = [(value, tick_label(value)) for value in ticks(0.0, top, 4) if value == int(value)]
+        parts = [_frame(box, x_label, y_label, marks, levels)]
+    else:
+        box = Box(0, width, 1, height - 1, (0.0, 1.0), (0.0, top))
+        parts = [f'<path class="base" d="M{box.left:g} {box.bottom:g}H{box.right:g}"/>']
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        if count:
+            left, up = box.at(low, float(count))
+            right, _ = box.at(high, 0.0)
+            parts.append(
+                f'<rect class="share" x="{left + 0.5:.1f}" y="{up:.1f}" width="{right - left - 1:.1f}" '
+                f'height="{box.bottom - up:.1f}"><title>{low:.2f} to {high:.2f}: {count:,}</title></rect>'
+            )
+    return _svg(width, height, title, parts, "chart")
+
+
 def token_heat_map(uri: str, labels: Sequence[str], title: str, cell: float = 10.0) -> str:
     """A square map with the token text along both axes; the page's script swaps the image and reads values off it.
 

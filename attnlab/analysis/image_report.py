@@ -1,4 +1,5 @@
-"""The report page of an image classifier: figures, curves, confusion matrix, mistakes, attention and routes over the images.
+"""The report page of an image classifier: figures, curves, confusion matrix, mistakes, attention and routes over the images,
+gates and loads of heads.
 
 One self-contained HTML page in the style of `analysis.report`.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from attnlab.analysis import images, series
+from attnlab.analysis import images, selection, series
 from attnlab.analysis.charts import Line, escape, line_chart, number
 from attnlab.analysis.page import CSS
 
@@ -25,8 +26,6 @@ _CSS = """
 .pictures img,.over img{width:100%;image-rendering:pixelated;display:block}
 .pictures figcaption{font-size:12.5px;color:var(--soft);margin-top:4px;line-height:1.35}
 .over{position:relative}.over img+img{position:absolute;inset:0;height:100%;opacity:.62}
-table.confusion{width:auto;font-size:12.5px}table.confusion td,table.confusion th{padding:2px 5px;text-align:right;border:0}
-table.confusion td{min-width:26px}
 """
 
 
@@ -56,7 +55,8 @@ class ImageReport:
 
     title, summary: the run's name and one line about it; facts: (name, value) pairs of the header; figures: (name, value) pairs
     of the evaluation; class_names: C names; confusion: counts [C, C], rows = true classes; metrics: of `series.read_metrics`;
-    mistakes, attention, routes: pictures; config: JSON; notes: caveats.
+    mistakes, attention, routes: pictures; gates: weights in 0..1 of every feature gate by name; loads: of the heads of every
+    layer that chooses among them, over what `loads_of` says; config: JSON; notes: caveats.
     """
 
     title: str
@@ -69,6 +69,9 @@ class ImageReport:
     mistakes: Sequence[Mistake] = ()
     attention: Sequence[MapView] = ()
     routes: Sequence[MapView] = ()
+    gates: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    loads: Sequence[selection.HeadLoads] = ()
+    loads_of: str = ""
     config: str = ""
     notes: Sequence[str] = ()
 
@@ -97,6 +100,8 @@ def render(report: ImageReport) -> str:
             "by that token alone). Each map has its own scale. Maps show where a layer looks, not what changed the output.",
         ),
         _maps("routes", "Routed regions", report.routes, "How often each region is chosen by the regions of the image."),
+        selection.gates_section(report.gates),
+        selection.loads_section(report.loads, report.loads_of, report.metrics),
         f'<section id="config"><h2>Config</h2><details><summary>config.json</summary><pre>{escape(report.config)}</pre></details>'
         "</section>" if report.config else "",
     ]  # fmt: skip
@@ -191,7 +196,7 @@ def _confusion(confusion: np.ndarray, names: Sequence[str]) -> str:
                 f"{confusion[i, j] or ''}</td>"
             )
         lines.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}<td>{100 * share[i, i]:.1f} %</td></tr>")
-    table = f'<table class="confusion"><tr><th></th>{head}<th>accuracy</th></tr>{"".join(lines)}</table>'
+    table = f'<table class="cells"><tr><th></th>{head}<th>accuracy</th></tr>{"".join(lines)}</table>'
     note = "Rows are true classes, columns are guesses."
     return _section("confusion", "Confusion matrix", note, f'<div class="scroll">{table}</div>')
 

@@ -26,6 +26,8 @@ th,td{padding:7px 14px 7px 0;white-space:nowrap}td{border-bottom:1px solid var(-
 th.n,td.n{text-align:right;padding-right:22px}tr.own td{font-weight:650}
 td.bar{width:48%;min-width:120px}td.bar i{display:block;height:11px;background:var(--soft);opacity:.45}
 tr.own td.bar i{background:var(--c0);opacity:1}
+table.cells{width:auto;font-size:12.5px}table.cells td,table.cells th{padding:2px 5px;text-align:right;border:0}
+table.cells td{min-width:26px}td.small svg{width:150px}figure.one{max-width:480px;margin:18px 0}
 table.sortable{font-size:13.5px}table.sortable th{cursor:pointer;user-select:none}
 .grid3{display:grid;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));gap:28px 30px;margin-top:18px}
 figure{margin:0;min-width:0}svg{display:block;width:100%;height:auto;overflow:visible}

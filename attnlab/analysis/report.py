@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from attnlab.analysis import images, series
+from attnlab.analysis import images, selection, series
 from attnlab.analysis.attention import STATISTICS
 from attnlab.analysis.charts import Line, dot_chart, escape, line_chart, number, profile_map, token_heat_map
 from attnlab.analysis.page import CSS, SCRIPT
@@ -64,7 +64,8 @@ class Report:
 
     title, summary: the run's name and one line about it; facts: (name, value) pairs of the header; figures: the
     evaluation's JSON object; metrics: of `series.read_metrics`; bits_per_nat: bits per byte for one nat per token;
-    samples: (prompt, continuation) texts; decoding: how they were drawn; config: nested fields; notes: caveats.
+    loads: of the heads of every layer that chooses among them, over what `loads_of` says; samples: (prompt, continuation)
+    texts; decoding: how they were drawn; config: nested fields; notes: caveats.
     """
 
     title: str
@@ -74,6 +75,8 @@ class Report:
     metrics: Mapping[str, series.Series] = dataclasses.field(default_factory=dict)
     bits_per_nat: float = float("nan")
     attention: HeadViews | None = None
+    loads: Sequence[selection.HeadLoads] = ()
+    loads_of: str = ""
     samples: Sequence[tuple[str, str]] = ()
     decoding: str = ""
     config: str = ""
@@ -100,6 +103,7 @@ def render(report: Report) -> str:
         _curves(report),
         _samples(report),
         _attention(report.attention) if report.attention is not None else "",
+        selection.loads_section(report.loads, report.loads_of, report.metrics),
         _config(report.config),
     ]
     written = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -274,12 +274,13 @@ class LM(nn.Module):
         )
 
 
-def attention_maps(model: LM, intermediates: Any) -> list[jax.Array | None]:
+def attention_maps(model: LM, intermediates: Any, kind: str = "attention") -> list[jax.Array | None]:
     """Returns the weights [B, N, T, S] that each layer sowed, in order; None for a mixer that has no such weights.
 
     Args:
         model: with `capture_attention=True`.
         intermediates: the collection of `model.apply(..., mutable=["intermediates"])`.
+        kind: the name of something else that mixers sow.
     """
     entries = model.entries()
     turns = model.num_layers // len(entries)
@@ -293,6 +294,6 @@ def attention_maps(model: LM, intermediates: Any) -> list[jax.Array | None]:
         else:
             name, index = f"layers_{turn}", None
         node = intermediates.get(name, {}).get(f"blocks_{place}", {}).get("mixer", {})
-        sown = node.get("attention")
+        sown = node.get(kind)
         maps.append(None if sown is None else sown[0] if index is None else sown[0][index])
     return maps

@@ -106,7 +106,7 @@ def analyse(built: Run, target: topology.Topology) -> dict[str, Any]:
         limit = report["hbm_bytes"] = available or limit
         needed = max(needed or 0, limit + 1, sum(parts.values()))
         # Nothing was compiled: what the model must compute, and once more forward where it is recomputed.
-        recomputed = 4 / 3 if built.config.model.remat != "none" else 1.0
+        recomputed = 1.0 if built.config.model.get("remat", "none") in ("none", False) else 4 / 3
         report |= {"flops_per_device": model_flops * recomputed / target.num_devices, "flops_source": "model",
                    "collectives": [], "roofline": None, "compiler_message": refusal.strip().splitlines()[0]}  # fmt: skip
     else:
@@ -193,7 +193,7 @@ def visible_pairs(built: Run) -> float:
     """Share of the T x T pairs that the mixers' attention computes, averaged over the layers; 1 where they do not say."""
     model, length = built.task.model, built.config.get("seq_len", 0)
     shares = []
-    for entry in model.entries() if hasattr(model, "entries") else ():
+    for entry in model.entries() if hasattr(model, "make_mixer") else ():  # of language models; images are seen whole
         mixer = model.make_mixer(entry)
         if hasattr(mixer, "sequence_flops") and hasattr(mixer, "causal"):
             everything = {"causal": False} | ({"window": None} if hasattr(mixer, "window") else {})

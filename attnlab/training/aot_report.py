@@ -107,10 +107,9 @@ def advise(config: Any, mesh: dict[str, int], parts: dict[str, int], needed: flo
     gradients = parts["parameters"]
     rows = max(1, config.batch_size // (mesh["data"] * mesh["fsdp"]))  # sequences on one device
     micro = max(1, rows // config.grad_accum)
-    vocabulary = config.model.vocab_size or int(str(config.data.tokenizer).rpartition(":")[2] or 0) if ":" in str(
-        config.data.tokenizer) else config.model.vocab_size or 320  # fmt: skip
-    length = config.loss_chunk or config.seq_len
-    logits = _LOGIT_COPIES * 4 * micro * length * vocabulary // (mesh["tensor"] * mesh["context"])
+    length = config.get("seq_len", 0)  # 0: images, which have one row of logits
+    chunk = config.get("loss_chunk", 0) or length
+    logits = _LOGIT_COPIES * 4 * micro * chunk * _vocabulary(config) // (mesh["tensor"] * mesh["context"]) if length else 0
     activations = max(0, parts["temporaries"] - gradients - logits)
     excess = needed - limit
     found = []
@@ -121,13 +120,13 @@ def advise(config: Any, mesh: dict[str, int], parts: dict[str, int], needed: flo
             text = f"--config.{field}={value}   {why}; saves about {_bytes(saves)} ({enough})"
             found.append({"field": field, "value": value, "saves_bytes": int(saves), "text": text})
 
-    if config.model.remat != "full":
+    remat = config.model.get("remat", "full")  # a model without it cannot recompute
+    if remat not in ("full", True):
         # what stays is the input of each layer: D of the some 20 D values that a layer computes for a token
-        add("model.remat", "full", 0.85 * activations, "recomputes each layer in the backward pass")
-    if not config.loss_chunk or config.loss_chunk > 512:
-        chunk = _divisor_at_most(config.seq_len, 512)
-        if chunk < length:
-            add("loss_chunk", chunk, logits * (1 - chunk / length), "never holds the logits of whole sequences")
+        add("model.remat", True if remat is False else "full", 0.85 * activations, "recomputes each layer in the backward pass")
+    if chunk > 512:
+        smaller = _divisor_at_most(length, 512)
+        add("loss_chunk", smaller, logits * (1 - smaller / chunk), "never holds the logits of whole sequences")
     if micro > 1:
         wanted = next((k for k in _divisors(rows) if k > config.grad_accum and excess <= (activations + logits) * (
             1 - config.grad_accum / k)), rows)  # fmt: skip
@@ -136,16 +135,18 @@ def advise(config: Any, mesh: dict[str, int], parts: dict[str, int], needed: flo
             saved -= gradients  # the sum of the micro-batches' gradients
         add("grad_accum", wanted, saved, "the same batch in smaller pieces, one after another")
         smaller = config.batch_size * config.grad_accum // wanted
-        add("batch_size", smaller, (activations + logits) * (1 - config.grad_accum / wanted), "fewer sequences per step")
+        add("batch_size", smaller, (activations + logits) * (1 - config.grad_accum / wanted), "fewer rows per step")
     if mesh["data"] > 1:
         ways = mesh["data"] * mesh["fsdp"]
         add("mesh.data=1 --config.mesh.fsdp", ways, (state + gradients) * (1 - 1 / mesh["data"]),
             "shards parameters, gradients and optimizer over all devices of the batch")  # fmt: skip
     if parts["ema"]:
         add("ema_decay", 0.0, parts["ema"], "keeps no moving average of the parameters")
-    if mesh["tensor"] == 1 and config.model.num_heads % 2 == 0 and target.num_devices > 1 and micro == 1:
+    heads = config.model.get("num_heads", 1)
+    heads = heads if isinstance(heads, int) else math.gcd(*heads)
+    if mesh["tensor"] == 1 and heads % 2 == 0 and target.num_devices > 1 and micro == 1:
         add("mesh.tensor", 2, (activations + logits) / 2, "splits heads, MLP and vocabulary of each layer over two devices")
-    if mesh["context"] == 1 and config.seq_len % 2 == 0 and target.num_devices > 1 and micro == 1:
+    if mesh["context"] == 1 and length and length % 2 == 0 and target.num_devices > 1 and micro == 1:
         add("mesh.context", 2, (activations + logits) / 2, "splits each sequence over two devices")
     found.sort(key=lambda item: -item["saves_bytes"])
     if target.chip.platform == "cuda" and needed <= 0.95 * target.chip.hbm_bytes:
@@ -157,6 +158,12 @@ def advise(config: Any, mesh: dict[str, int], parts: dict[str, int], needed: flo
                f"gradients and optimizer alone need {_bytes(state + gradients)} on each device"  # fmt: skip
         found.append({"field": "aot", "value": factor * target.num_devices, "saves_bytes": 0, "text": text})
     return found
+
+
+def _vocabulary(config: Any) -> int:
+    """Ids of a language model, of which the bytes have 320."""
+    size = str(config.data.get("tokenizer", "")).rpartition(":")[2]
+    return config.model.get("vocab_size", 0) or (int(size) if size.isdigit() else 320)
 
 
 def _divisors(number: int) -> list[int]:

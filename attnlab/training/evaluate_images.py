@@ -5,15 +5,15 @@ from __future__ import annotations
 import heapq
 import itertools
 import pathlib
-import re
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attnlab.analysis import image_report, series
+from attnlab.analysis import image_report, selection, series
 from attnlab.analysis.image_report import MapView, Mistake
+from attnlab.nn.feature_gates import gate_weights
 from attnlab.training import config as config_lib
 from attnlab.training import workdir
 from attnlab.training.evaluate import Options, Restored
@@ -22,6 +22,7 @@ from attnlab.training.progress import si
 
 MAX_MISTAKES = 24
 MAP_IMAGES, MAX_LAYERS = 3, 6  # shown by default
+LOAD_IMAGES = 64  # for the loads of heads
 
 
 class ImageEvaluation:
@@ -69,6 +70,7 @@ class ImageEvaluation:
         """Writes `report.html` into the run's folder."""
         folder, config, figures = pathlib.Path(self.folder), self.run.config, self.figures
         attention, routes, notes = self._maps()
+        loads, images = self._loads()
         model, batch = self.run.task.describe(config)
         trained = workdir.facts(self.folder)
         percent = {"accuracy": "accuracy", "accuracy_top5": "right within five guesses"}
@@ -95,6 +97,9 @@ class ImageEvaluation:
             mistakes=self.mistakes,
             attention=attention,
             routes=routes,
+            gates={name: np.asarray(weights) for name, weights in gate_weights(self.variables["params"]).items()},
+            loads=loads,
+            loads_of=f"{images} images",
             config=config_lib.to_json(config),
             notes=[*self.notes, *notes],
         )
@@ -144,20 +149,40 @@ class ImageEvaluation:
         model = self.run.task.model
         if not hasattr(model, "capture_attention"):
             return [], [], ["No attention maps: this model has none to show."]
-        loader = self.data.loader(self.options.split, batch_size=MAP_IMAGES, seed=1, shuffle=True, repeat=False)
-        batch = next(loader)
-        loader.close()
+        if len(self.data.image_shape) == 4:
+            return [], [], ["No attention maps: those over the frames of a clip are not drawn."]
+        batch = self._first(MAP_IMAGES)
         pictures = [self.data.picture(image) for image in batch["images"][batch["mask"]]]
-        with self.run.context():
-            sown = jax.jit(
-                lambda variables, images: model.clone(capture_attention=True).apply(
-                    variables, images, mutable=["intermediates"]
-                )[1]
-            )(self.variables, batch["images"])
-        attention = self._views(_layers(sown, "attention", 4), pictures, image_report.received)
-        routes = self._views(_layers(sown, "route_index", 3), pictures, _chosen)
+        sown = self._sown(batch, lambda found: found)
+        attention = self._views(selection.by_layer(sown, "attention", 4), pictures, image_report.received)
+        routes = self._views(selection.by_layer(sown, "route_index", 3), pictures, _chosen)
         notes = [] if attention else ["No attention maps: no layer of this model sows weights over a whole map."]
         return attention, routes, notes
+
+    def _loads(self) -> tuple[list[selection.HeadLoads], int]:
+        """The loads of the heads in layers that choose among them, and of how many images."""
+        if not hasattr(self.run.task.model, "capture_attention"):
+            return [], 0
+        batch = self._first(LOAD_IMAGES)
+        means = self._sown(batch, lambda found: selection.head_means(found, batch["mask"][:, None]))
+        return selection.head_loads(means), int(batch["mask"].sum())
+
+    def _first(self, count: int) -> dict[str, np.ndarray]:
+        """Returns a batch of some images of the split, the same on every process."""
+        loader = self.data.loader(self.options.split, batch_size=count, seed=1, shuffle=True, repeat=False)
+        batch = next(loader)
+        loader.close()
+        return batch
+
+    def _sown(self, batch: dict[str, np.ndarray], keep: Any) -> Any:
+        """What the layers sow about a batch, as `keep` reduces it; nothing else is computed."""
+        model = self.run.task.model.clone(capture_attention=True)
+
+        def apply(variables: Any, images: jax.Array) -> Any:
+            return keep(model.apply(variables, images, mutable=["intermediates"])[1].get("intermediates", {}))
+
+        with self.run.context():
+            return jax.jit(apply)(self.variables, batch["images"])
 
     def _views(self, layers: list[tuple[str, np.ndarray]], pictures: list[np.ndarray], to_map: Any) -> list[MapView]:
         if self.options.layers is not None:
@@ -177,18 +202,3 @@ def _chosen(index: np.ndarray, image_size: tuple[int, int]) -> np.ndarray | None
     """Routes [P, k] of one image as a map of how many regions choose each one."""
     grid = image_report.grid_of(len(index), image_size)
     return None if grid is None else np.bincount(index.reshape(-1), minlength=len(index)).reshape(grid).astype(float)
-
-
-def _layers(sown: Any, kind: str, ndim: int) -> list[tuple[str, np.ndarray]]:
-    """Returns (name of the layer, values) of all layers in order; stacked ones, of scanned layers, one by one."""
-    found = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(sown["intermediates"]):
-        keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        if keys[-1] != kind:
-            continue
-        name = "/".join(key for key in keys[:-1] if key not in ("attention", "mixer"))
-        values = np.asarray(leaf)
-        stacked = values[None] if values.ndim == ndim else values
-        found += [(name if len(stacked) == 1 else f"{name} [{i}]", layer) for i, layer in enumerate(stacked)]
-    numbered = lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]  # noqa: E731
-    return sorted(found, key=lambda item: numbered(item[0]))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import pathlib
+from typing import Any
 
+import jax
 import numpy as np
 
-from attnlab.analysis import attention, report, series, text
+from attnlab.analysis import attention, report, selection, series, text
 from attnlab.errors import ConfigError, field_error
 from attnlab.methods.fields import layer_pattern
+from attnlab.models.lm import attention_maps
 from attnlab.training import config as config_lib
 from attnlab.training import workdir
 from attnlab.training.evaluate import Options
@@ -18,6 +21,7 @@ from attnlab.training.progress import si
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 MAP_TOKENS = 96
+LOAD_TOKENS = 4096  # for the loads of heads
 MAX_LAYERS, MAX_HEADS = 4, 6  # maps shown by default: at most 24
 
 
@@ -31,6 +35,7 @@ def write(folder: str, result: TextEvaluation, options: Options) -> pathlib.Path
     config, figures = result.run.config, result.figures
     metrics = series.read_metrics(path / "metrics.jsonl")
     views, notes = head_views(result, options)
+    loads, tokens = head_loads(result, options)
     page = report.Report(
         title=path.resolve().name,
         summary=_summary(result),
@@ -39,6 +44,8 @@ def write(folder: str, result: TextEvaluation, options: Options) -> pathlib.Path
         metrics=metrics,
         bits_per_nat=_bits_per_nat(metrics, figures),
         attention=views,
+        loads=loads,
+        loads_of=f"{tokens:,} tokens",
         samples=result.samples,
         decoding=_decoding(options),
         config=config_lib.to_json(config),
@@ -77,6 +84,31 @@ def head_views(result: TextEvaluation, options: Options) -> tuple[report.HeadVie
         edges=edges,
     )
     return views, []
+
+
+def head_loads(result: TextEvaluation, options: Options) -> tuple[list[selection.HeadLoads], int]:
+    """The loads of the heads in layers that choose among them, and of how many tokens of the split."""
+    run, model = result.run, result.run.task.model.clone(capture_attention=True)
+    rows = -(-LOAD_TOKENS // run.config.seq_len)
+    loader = result.text.loader(options.split, batch_size=rows, seed=1, shuffle=True, repeat=False)
+    batch = next(loader)
+    loader.close()
+    structure = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
+
+    def means(variables: Any, inputs: jax.Array) -> Any:
+        _, updated = model.apply(variables, inputs, **structure, method="features", mutable=["intermediates"])
+        return selection.head_means(updated.get("intermediates", {}), batch["mask"])
+
+    with run.context():
+        found = jax.jit(means)(result.variables, batch["inputs"])
+    shares, gates = (attention_maps(model, found, kind) for kind in ("head_selected", "gates"))
+    names = attention.layer_mixers(model)
+    loads = [
+        selection.HeadLoads(f"L{layer}" if len(set(names)) == 1 else f"L{layer} {names[layer]}", *map(np.asarray, pair))
+        for layer, pair in enumerate(zip(shares, gates, strict=True))
+        if pair[0] is not None
+    ]
+    return loads, int(batch["mask"].sum())
 
 
 def _chosen(flag: str, wanted: tuple[int, ...] | None, known: tuple[int, ...], limit: int) -> tuple[int, ...]:

@@ -1,7 +1,10 @@
 import pytest
 
 from attnlab.training import aot, aot_report, topology
+from attnlab.training.cli import load_config
 from attnlab.training.config import base
+
+from .conftest import ROOT
 
 GIB = 2**30
 
@@ -51,6 +54,22 @@ def test_a_state_too_large_for_all_devices_advises_more_of_them(config):
 
 def test_an_average_of_the_parameters_may_be_given_up(config):
     assert "ema_decay" in {item["field"] for item in advice(config, ema=GIB)}
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("vit.py:b16", {"model.remat", "grad_accum", "batch_size"}),
+        ("mavit.py:small", {"model.remat", "grad_accum", "ema_decay"}),
+        ("hard_attention_gates.py:cifar", {"grad_accum", "batch_size"}),  # a model that cannot recompute
+    ],
+)
+def test_models_of_images_are_advised_what_they_have(preset, expected):
+    found = advice(load_config(f"{ROOT / 'configs' / preset}"), ema=GIB)
+    fields = {item["field"] for item in found}
+    assert fields >= expected and not fields & {"loss_chunk", "mesh.context"}
+    assert ("model.remat" in fields) == ("model.remat" in expected)
+    assert "--config.model.remat=True" in " ".join(item["text"] for item in found) or "mavit" not in preset
 
 
 def test_gpus_are_told_of_the_memory_that_jax_leaves(config, monkeypatch):

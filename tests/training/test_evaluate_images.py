@@ -20,6 +20,7 @@ def config(**changes):
         config.num_train_steps, config.optimizer.warmup_steps = 4, 1
         config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps, config.eval_batches = 2, 4, 2, 1
         config.model.num_layers, config.model.scan_layers, config.ema_decay = 1, False, 0.5
+        config.model.mixer, config.model.num_heads, config.model.mixer_options.moh.top_k = "moh", 4, 1
         config.update_from_flattened_dict(changes)
     return config
 
@@ -49,8 +50,9 @@ def test_evaluation_and_report(run, capsys):
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == figures and "accuracy by class" in out
     page = (pathlib.Path(folder) / "report.html").read_text(encoding="utf-8")
-    for heading in ("Confusion matrix", "Misclassified images", "Attention over the images", "Training"):
+    for heading in ("Confusion matrix", "Misclassified images", "Attention over the images", "Loads of the heads", "Training"):
         assert f"<h2>{heading}</h2>" in page
+    assert page.count(">on</td>") == 2 and "1 of 2</td>" in page and "over 64 images of the split" in page
     assert page.count("data:image/png;base64,") >= 8 and "://" not in page
     counts = [int(count) for count in re.findall(r'title="(\d+) of \d+ \w+ taken for \w+"', page)]
     assert len(counts) == 16 and sum(counts) == 32
