@@ -11,15 +11,17 @@ Presets (`--config=configs/recall.py:NAME`):
     long_range      4 such pairs among the first 24 of 64 tokens, asked for at the end, at least 24 tokens later.
     selective_copy  8 of 16 values among 64 tokens, to be repeated in order.
     needle          a line `The secret number of NAME is DIGITS.` in 256 bytes of the standard library's source text.
+    reader          16 of 32 keys, each after its value, in 80 tokens; two layers of width 32, the first of which only brings every
+                    token the one before it, so that the second alone has to remember. What the claims are tried with.
     smoke           mqar, a few steps: does everything work? Under a minute on two CPU cores, offline.
 
-Two layers of width 64; the presets run for minutes on two CPU cores. With softmax attention mqar ends near an accuracy of 1 (chance
+Two layers of width 64, but for `reader`; the presets run for minutes on two CPU cores. With softmax attention mqar ends near an accuracy of 1 (chance
 is 1/8); a state of fixed size holds fewer pairs, a window reaches less far. Another difficulty is one field, as in
 --config.data.mqar.num_pairs=8 or --config.data.long_range.gap=32; `attnlab/data/recall/tasks.py` says what each means.
 
 Parts: tasks and TFDS builders `attnlab/data/recall`, task `language_modeling` (loss at the answers alone), model `lm` with any mixer
 (the linear ones with their short convolutions, without which one layer cannot join a key with the value after it), evaluation
-`attnlab/training/evaluate_recall.py`. `benchmarks/recall.py` compares mixers.
+`attnlab/training/evaluate_recall.py`. `benchmarks/claims_recall.py` compares mixers.
 """
 
 import ml_collections
@@ -31,7 +33,7 @@ from attnlab.training.config import base, preset
 def get_config(arg: str | None = None):
     """Returns the config of a preset; the first one when none is named."""
     presets = {
-        "mqar": mqar, "long_range": long_range, "selective_copy": selective_copy, "needle": needle, "smoke": smoke,
+        "mqar": mqar, "long_range": long_range, "selective_copy": selective_copy, "needle": needle, "reader": reader, "smoke": smoke,
     }  # fmt: skip
     return preset(presets, arg, "configs/recall.py")().lock()
 
@@ -79,6 +81,21 @@ def selective_copy():
 def needle():
     """In real text."""
     return small("needle", 256, 800)
+
+
+def reader():
+    """A first layer that brings every token the one before it, and a second that has to remember."""
+    config = small("mqar", 80, 1000, num_pairs=16, num_keys=32, num_values=8, num_questions=16, value_first=True)
+    model = config.model
+    model.dim, model.mlp_dim, model.num_heads, model.pattern = 32, 32, 1, ("shift", "softmax")
+    model.mixer_options.shift = ml_collections.ConfigDict({"mixer": "softmax", "window": 1, "head_dim": 32})
+    model.mixer_options.softmax.rope = False
+    for mixer in ("gla", "gdn", "sse"):
+        model.mixer_options[mixer].update({"use_short_conv": False, "use_output_gate": False, "chunk_size": 16})
+    for mixer in ("titans_lmm", "titans_mag", "titans_mal"):
+        model.mixer_options[mixer].conv_width = 0
+    config.optimizer.learning_rate, config.optimizer.b2, config.optimizer.warmup_steps = 5e-3, 0.95, 50
+    return config
 
 
 def smoke():

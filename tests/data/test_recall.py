@@ -29,6 +29,8 @@ SYNTHETIC = [
     SelectiveCopy(num_items=1, num_values=200),
     LongRange(),
     LongRange(num_pairs=3, shown=4, gap=20, num_noise=7, num_questions=0),
+    Mqar(num_pairs=4, num_keys=4, num_updates=6, spread=0.7, num_noise=5, value_first=True),
+    LongRange(num_pairs=3, shown=2, gap=20, value_first=True),
 ]
 
 
@@ -49,9 +51,17 @@ def rows_of(task, count=40, length=128, split="train"):
 def solve_pairs(task, inputs):
     """Reads a row from left to right with a dictionary; knows nothing of how it was made."""
     first_value = task.num_noise + task.num_keys
-    known, answers, key = {}, {}, None
+    known, answers, key, fetched = {}, {}, None, None
     for at, token in enumerate(inputs.tolist()):
-        if token >= first_value:
+        if task.value_first:
+            if token >= first_value:
+                fetched = token, at
+            elif token >= task.num_noise:
+                if fetched:
+                    known[token], fetched = fetched, None
+                else:
+                    answers[at] = known[token]
+        elif token >= first_value:
             known[key] = (token, at)
         elif token >= task.num_noise:
             key = token

@@ -119,12 +119,14 @@ def scatter(rng: np.random.Generator, count: int, width: int, region: int) -> np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyValueTask(RecallTask):
-    """Facts are pairs (key, value); a question is a key alone, and its answer the key's newest value.
+    """Facts are pairs of a key and its value; a question is a key alone, and its answer the key's newest value.
 
     Attributes:
         num_pairs: different keys in a row.
         num_keys, num_values, num_noise: ids of each kind.
         num_questions: questions per row; 0 = one per key.
+        value_first: facts are (value, key). A fact is then found at its key's own token, as a question is, and what has to be
+            fetched is the token before: far easier to learn, as hard to remember.
     """
 
     num_pairs: int = 8
@@ -132,10 +134,11 @@ class KeyValueTask(RecallTask):
     num_values: int = 32
     num_noise: int = 1
     num_questions: int = 0
+    value_first: bool = False
 
     @staticmethod
     def _least(name: str) -> int:
-        return 0 if name == "num_questions" else RecallTask._least(name)
+        return 0 if name in ("num_questions", "value_first") else RecallTask._least(name)
 
     def __post_init__(self):
         super().__post_init__()
@@ -165,9 +168,10 @@ class KeyValueTask(RecallTask):
         """
         keys = self.num_noise + rng.permutation(self.num_keys)[: self.num_pairs]
         row = empty(rng.integers(self.num_noise, size=length, dtype=np.int32))
-        row.inputs[facts], row.inputs[facts + 1] = keys[shown], self.num_noise + self.num_keys + values
+        value_at = facts + (not self.value_first)
+        row.inputs[facts + self.value_first], row.inputs[value_at] = keys[shown], self.num_noise + self.num_keys + values
         newest = np.zeros(self.num_pairs, np.int64)
-        newest[shown] = facts + 1  # in numpy the last of equal indices stays
+        newest[shown] = value_at  # in numpy the last of equal indices stays
         asked = np.concatenate([rng.permutation(self.num_pairs), rng.integers(self.num_pairs, size=len(at))])[: len(at)]
         row.inputs[at] = keys[asked]
         ask(row, at, newest[asked])
