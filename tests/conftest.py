@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def compile_quickly(request):
     """These rooms' tests compile much and compute little: without XLA's dear passes they take two thirds of the time.
 
-    The passes are on in tests/golden, tests/training, and in every process that a test starts.
+    The passes are on in tests/golden, tests/training, and in the processes that tests start, but for those started `quickly`.
     """
     import jax
 
@@ -51,14 +51,16 @@ def cache_dir(tmp_path_factory) -> pathlib.Path:
 def run_python(cache_dir):
     """Runs a script (`["train.py", "--config=..."]`) or code (`["-c", code]`) in its own process, at the project's root.
 
-    Returns the finished process with its output as text. `devices` forces that many host devices.
+    Returns the finished process with its output as text. `devices` forces that many host devices; `quickly` leaves out XLA's dear
+    passes, for a process that compiles much and computes little.
     """
 
-    def run(arguments, *, devices=1, env=None, timeout=300, check=True):
+    def run(arguments, *, devices=1, env=None, timeout=300, check=True, quickly=False):
+        quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if quickly else {}
         process = subprocess.run(
             [sys.executable, *arguments],
             cwd=ROOT,
-            env=environment(cache_dir, devices) | (env or {}),
+            env=environment(cache_dir, devices) | quick | (env or {}),
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -70,7 +70,8 @@ class PairProjection(nn.Module):
 class GrassmannMixing(nn.Module):
     """out = LayerNorm(a * h + (1 - a) * g), a = sigmoid([h; g] W_gate + b), g the projected mean feature of h's pairs.
 
-    The gate is the layer's residual. Reduction, pairs and norms are float32 whatever `dtype` is. Padding gives zeros.
+    The gate is the layer's residual. Reduction, pairs and norms are float32 whatever `dtype` is. Padding gives zeros. Where a mesh
+    splits the sequence, XLA moves the reduced tokens that offsets reach over a border; the result is that of one device.
 
     Parameters: `reduce` [D, r], `pairs` [F, D], `gate` [2 D, D] (h first), all with biases, `inner_norm` [D], and with
     `out_proj` `out` [D, D] with a bias.

@@ -101,6 +101,10 @@ class TitansMixer(nn.Module):
     The memory: q, k, v = SiLU(conv(x W)), q and k normalised to length 1; theta = theta_max sigmoid(.), eta and alpha
     sigmoid(.) of a linear map of x with a bias, per token. Its update is `ops.neural_memory`; float32 inside.
 
+    Where a mesh splits the sequence (axis `context`): chunks are written one after the other and their updates do not compose, so
+    every device of that axis gets all tokens of its rows and runs all their chunks (in MAC the loop over segments is left to XLA).
+    The result is that of one device, and is split again; the memory gains nothing from the axis, only what stands around it does.
+
     Parameters of the memory: `memory_query`, `memory_key`, `memory_value` [D, M, D/M], `memory_gate` [D, 3, M] with a bias,
     `memory_conv` [W, 3, M, D/M], `memory_w0` .. [M, in, out]; of the prefix: `persistent` [P, D].
 

@@ -40,8 +40,8 @@ def test_smoke_preset_trains_and_is_evaluated(name, run_python, corpus, cache_di
         fields |= {"data.name": f"text:{corpus}", "data.dir": os.fspath(cache_dir / "data")}
     changes = [f"--config.{field}={value}" for field, value in fields.items()]
     flags = [f"--config=configs/{name}:smoke", f"--workdir={tmp_path}", *changes]
-    run_python(["train.py", *flags])
+    run_python(["train.py", *flags], quickly=True)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines if "loss" in line} == {2, 4}
-    evaluated = run_python(["eval.py", f"--workdir={tmp_path}", "--eval_batches=1", "--max_new_tokens=4"])
+    evaluated = run_python(["eval.py", f"--workdir={tmp_path}", "--eval_batches=1", "--max_new_tokens=4"], quickly=True)
     assert json.loads(evaluated.stdout.splitlines()[-1])["step"] == 4

@@ -227,7 +227,7 @@ def test_sigterm_and_sigint_save_and_exit_cleanly(start_python, run_python, tiny
 
 def test_killed_at_random_moments_resumes_bit_for_bit(start_python, run_python, tiny_flags, tmp_path):
     """SIGKILL, twenty times: before the first step, between steps, while checkpoints are written."""
-    fields = {"num_train_steps": 300, "checkpoint_every_steps": 2, "eval_every_steps": 1000, "log_every_steps": 1}
+    fields = {"num_train_steps": 150, "checkpoint_every_steps": 2, "eval_every_steps": 1000, "log_every_steps": 1}
     run_python(tiny_flags(tmp_path / "whole", **fields))
     rng = random.Random(0)
     flags = tiny_flags(tmp_path / "killed", **fields)
