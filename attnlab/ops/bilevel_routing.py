@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from attnlab.errors import ConfigError, nearest
@@ -52,6 +53,7 @@ def bilevel_routing_attention(
     *,
     n_win: int,
     topk: int,
+    own_region: bool = False,
     scale: float | None = None,
     kv_downsample_mode: str = "identity",
     kv_per_win: int = 4,
@@ -73,6 +75,7 @@ def bilevel_routing_attention(
         v: values; their heads may have another width.
         n_win: regions per side, P = n_win^2.
         topk: regions chosen by each region; P gives full attention.
+        own_region: each region is one of those that it chooses; with topk = 1 this is attention in windows.
         scale: of the products on both levels, default (N H)^-1/2: the full width, not that of a head.
         kv_downsample_mode: how keys and values of a region are pooled before they are attended to: "identity",
             "ada_avgpool" or "ada_maxpool" (to kv_per_win x kv_per_win), "avgpool" or "maxpool" (by kv_downsample_ratio).
@@ -103,7 +106,7 @@ def bilevel_routing_attention(
     size = (height // n_win, width // n_win)
     scale = (q.shape[3] * q.shape[4]) ** -0.5 if scale is None else float(scale)
     q, k, v = (to_regions(x, size) for x in (q, k, v))
-    routing = route_regions(_means(q), _means(k), topk, scale=scale, diff_routing=diff_routing)
+    routing = route_regions(_means(q), _means(k), topk, own_region=own_region, scale=scale, diff_routing=diff_routing)
     pool = _pooling(kv_downsample_mode, size, kv_per_win, kv_downsample_ratio)
     weight = routing.weight if soft_routing else None
     out = attend_regions(
@@ -120,6 +123,7 @@ def ragged_bilevel_routing_attention(
     *,
     n_win: int,
     topk: int,
+    own_region: bool = False,
     scale: float | None = None,
     implementation: Literal["blocks", "gather"] | None = None,
     block_implementation: str | None = None,
@@ -137,6 +141,7 @@ def ragged_bilevel_routing_attention(
         v: values.
         n_win: regions per side, at least.
         topk: regions chosen by each region.
+        own_region: each region is one of those that it chooses.
         scale: of the products with tokens, default (N H)^-1/2.
         implementation: as in `bilevel_routing_attention`.
         block_implementation: alike.
@@ -154,7 +159,7 @@ def ragged_bilevel_routing_attention(
     padding = ((0, 0), (0, grid[0] * size[0] - height), (0, grid[1] * size[1] - width), (0, 0), (0, 0))
     there = to_regions(jnp.pad(jnp.ones((1, height, width, 1, 1), bool), padding), size)
     q, k, v = (to_regions(jnp.pad(x, padding), size) for x in (q, k, v))
-    routing = route_regions(_means(q, there), _means(k, there), topk, scale=1.0)
+    routing = route_regions(_means(q, there), _means(k, there), topk, own_region=own_region, scale=1.0)
     out = attend_regions(
         q, k, v, routing.index, scale=scale, implementation=implementation, block_implementation=block_implementation
     )
@@ -189,7 +194,13 @@ def from_regions(x: Array, grid: tuple[int, int], size: tuple[int, int]) -> Arra
 
 
 def route_regions(
-    q: Float[Array, "B P C"], k: Float[Array, "B P C"], topk: int, *, scale: float, diff_routing: bool = False
+    q: Float[Array, "B P C"],
+    k: Float[Array, "B P C"],
+    topk: int,
+    *,
+    scale: float,
+    own_region: bool = False,
+    diff_routing: bool = False,
 ) -> Routing:
     """The first level: each region's `topk` best regions by the products of descriptors, in float32.
 
@@ -198,6 +209,7 @@ def route_regions(
         k: what they offer.
         topk: regions to choose.
         scale: of the products.
+        own_region: a region chooses itself, first of all.
         diff_routing: let gradients flow into the weights; the choice itself has none.
 
     Raises:
@@ -210,7 +222,8 @@ def route_regions(
         q, k = jax.lax.stop_gradient((q, k))
     scores = select.block_scores(q[:, :, None], k[:, :, None], scale=scale)
     # Under its name a rematerialised layer can keep the choice, so that computing it again cannot flip it.
-    index = checkpoint_name(select.top_blocks(scores, topk)[:, 0], "routing")
+    forced = np.eye(regions, dtype=bool) if own_region else None
+    index = checkpoint_name(select.top_blocks(scores, topk, forced=forced)[:, 0], "routing")
     return Routing(index, jax.nn.softmax(jnp.take_along_axis(scores[:, 0], index, axis=-1), axis=-1))
 
 

@@ -175,14 +175,17 @@ class ImageEvaluation:
         return batch
 
     def _sown(self, batch: dict[str, np.ndarray], keep: Any) -> Any:
-        """What the layers sow about a batch, as `keep` reduces it; nothing else is computed."""
+        """What the layers sow about a batch, as `keep` reduces it; nothing else is computed, and nothing compiled for no result."""
         model = self.run.task.model.clone(capture_attention=True)
 
         def apply(variables: Any, images: jax.Array) -> Any:
             return keep(model.apply(variables, images, mutable=["intermediates"])[1].get("intermediates", {}))
 
         with self.run.context():
-            return jax.jit(apply)(self.variables, batch["images"])
+            everywhere = NamedSharding(self.run.mesh, PartitionSpec())
+            compiled = jax.jit(apply, out_shardings=everywhere)
+            shapes = jax.eval_shape(compiled, self.variables, batch["images"])
+            return compiled(self.variables, batch["images"]) if jax.tree.leaves(shapes) else shapes
 
     def _views(self, layers: list[tuple[str, np.ndarray]], pictures: list[np.ndarray], to_map: Any) -> list[MapView]:
         if self.options.layers is not None:

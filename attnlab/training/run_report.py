@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab.analysis import attention, report, selection, series, text
 from attnlab.errors import ConfigError, field_error
@@ -100,7 +101,11 @@ def head_loads(result: TextEvaluation, options: Options) -> tuple[list[selection
         return selection.head_means(updated.get("intermediates", {}), batch["mask"])
 
     with run.context():
-        found = jax.jit(means)(result.variables, batch["inputs"])
+        everywhere = NamedSharding(run.mesh, PartitionSpec())
+        compiled = jax.jit(means, out_shardings=everywhere)
+        if not jax.tree.leaves(jax.eval_shape(compiled, result.variables, batch["inputs"])):
+            return [], 0  # nothing to compile
+        found = compiled(result.variables, batch["inputs"])
     shares, gates = (attention_maps(model, found, kind) for kind in ("head_selected", "gates"))
     names = attention.layer_mixers(model)
     loads = [

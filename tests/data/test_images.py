@@ -158,6 +158,19 @@ def test_evaluation_pads_the_last_batch(folder, tmp_path):
     assert all((batch["mix"] == 1).all() for batch in batches), "an evaluation mixes nothing"
 
 
+def test_fewer_images_to_learn_from(cache_dir):
+    def digits(count):
+        return open_images(make_config("mnist_5k", cache_dir / "images", channels=1, image_size=28, train_examples=count))
+
+    every, some = digits(0), digits(100)
+    assert some.splits == every.splits | {"train": 100} and some.fingerprint != every.fingerprint
+    labels = np.concatenate([batch["labels"][batch["mask"]] for batch in some.loader("train", **WHOLE)])
+    assert len(labels) == 100 and set(labels) == set(range(10))
+    assert some.reader("train").name(50) == every.reader("train").name(1750)
+    np.testing.assert_array_equal(some.reader("train").read(50).image, every.reader("train").read(1750).image)
+    assert len(list(some.loader("test", **WHOLE))) == len(list(every.loader("test", **WHOLE)))
+
+
 def test_state_of_other_transforms_is_refused(folder, tmp_path):
     configs = [make_config(f"folder:{folder}", tmp_path / "cache", {"flip": flip}) for flip in (0.5, 0.0)]
     one, two = (open_images(config).loader("train", **TRAIN) for config in configs)
@@ -239,6 +252,7 @@ def test_grey_beside_colour(folder, tmp_path):
         ("lookup", {"num_classes": 5}, "config.data.num_classes = 5: lookup has 4 classes"),
         ("lookup", {"mean": (0.5, 0.5)}, r"config.data.mean = \(0.5, 0.5\): .* each of 3 channels"),
         ("lookup", {"errors": "ignore"}, "config.data.errors = 'ignore'"),
+        ("lookup", {"train_examples": 60_000}, "config.data.train_examples = 60000: lookup has 50000 images to learn from"),
     ],
 )
 def test_bad_fields(name, fields, message, tmp_path):
@@ -325,22 +339,41 @@ def test_tfds_without_validation_split(prepared):
 def test_lookup_is_decided_by_the_far_patch(tmp_path):
     data = open_images(make_config("lookup", tmp_path, image_size=32))
     reader = data.reader("validation")
-    labels = []
+    seen = []
     for index in range(60):
         image, label = reader.read(index)
         patches = image.reshape(4, 8, 4, 8, 3).swapaxes(1, 2).reshape(16, 8, 8, 3).astype(float)
         question = int(patches[:, 0].min(-1).mean(-1).argmax())  # the white frame
-        dots = patches[:, 1:-1, 1:-1].max(-1).reshape(16, 36)
-        keys = dots > 130
-        same = [i for i in range(16) if i != question and (keys[i] == keys[question]).mean() > 0.99]
-        assert len(same) == 1
-        tint = patches[same[0]].mean((0, 1))
-        tint = tint / tint.max()
-        assert label == int(np.abs(tint - [[1, 0.3, 0.3], [0.3, 1, 0.3], [0.3, 0.3, 1], [1, 1, 0.25]]).sum(-1).argmin())
-        labels.append(label)
-    assert set(labels) == {0, 1, 2, 3}
+        patterns = [bits.tobytes() for bits in patches[:, 1:-1, 1:-1].mean(-1) > 120]
+        asked = patterns.pop(question)
+        tints = patches[:, 0].mean(1) / 220
+        colours = np.abs(tints[:, None] - [[1, 0.3, 0.3], [0.3, 1, 0.3], [0.3, 0.3, 1], [1, 1, 0.25]]).sum(-1).argmin(-1)
+        colours = np.delete(colours, question)
+        assert patterns.count(asked) == 1 and label == colours[patterns.index(asked)]
+        seen.append((asked, patterns, colours))
+    keys = {asked for asked, _, _ in seen}
+    assert len(keys) == 4
+    for _, patterns, colours in seen:  # every key is there once, each in another colour: counting does not help
+        assert sorted(colours[i] for i in range(15) if patterns[i] in keys) == [0, 1, 2, 3]
     np.testing.assert_array_equal(reader.read(7).image, data.reader("validation").read(7).image)
     assert not np.array_equal(reader.read(7).image, data.reader("test").read(7).image)
+
+
+def test_directions_of_moving_digits(cache_dir):
+    config = make_config("moving_digits:direction", cache_dir / "images", channels=1, image_size=32, frames=6)
+    data = open_images(config)
+    reader, rows = data.reader("test"), np.stack(np.mgrid[:32, :32], -1)
+    for index in range(20):
+        clip, label = reader.read(index)
+        ends = clip[[0, -1], :, :, 0].astype(float)
+        ends -= ends.min(0)  # what stands still is gone
+        first, last = (np.average(rows.reshape(-1, 2), axis=0, weights=end.reshape(-1)) for end in ends)
+        angle = label * np.pi / 4  # clockwise from the right; rows go down
+        assert (last - first) @ [np.sin(angle), np.cos(angle)] > 0.85 * np.linalg.norm(last - first), data.class_names[label]
+    plain = open_images(make_config("moving_digits", cache_dir / "images", channels=1, image_size=32, frames=6))
+    assert plain.fingerprint != data.fingerprint and plain.outputs == 10 and data.outputs == 8
+    with pytest.raises(ConfigError, match=r"moving_digits:directions'.*unknown classes of clips, did you mean 'direction'"):
+        open_images(make_config("moving_digits:directions", cache_dir / "images", channels=1, image_size=32, frames=6))
 
 
 def test_moving_digits(cache_dir):

@@ -26,7 +26,7 @@ def region_of(height, width, size):
     return y // size[0] * (-(-width // size[1])) + x // size[1]
 
 
-def dense(q, k, v, *, n_win, topk, scale=None, soft=False, diff=False, ragged=False, pool=None):
+def dense(q, k, v, *, n_win, topk, own_region=False, scale=None, soft=False, diff=False, ragged=False, pool=None):
     """The published computation by other means: a mask (and weights) over all pairs of tokens of the padded map."""
     batch, height, width, heads, head_dim = q.shape
     size = (height // n_win, width // n_win)
@@ -45,7 +45,7 @@ def dense(q, k, v, *, n_win, topk, scale=None, soft=False, diff=False, ragged=Fa
     if not diff:
         q_mean, k_mean = jax.lax.stop_gradient((q_mean, k_mean))
     logits = jnp.einsum("bpc,brc->bpr", q_mean, k_mean, precision="highest") * (1.0 if ragged else scale)
-    order = jnp.argsort(-logits, axis=-1)[..., :topk]
+    order = jnp.argsort(-jnp.where(own_region & np.eye(regions, dtype=bool), jnp.inf, logits), axis=-1)[..., :topk]
     chosen = jax.nn.one_hot(order, regions).sum(-2)
     share = jax.nn.softmax(jnp.where(chosen > 0, logits, -jnp.inf), axis=-1)
     kv_region = region
@@ -82,6 +82,7 @@ def both(op, **options):
 @pytest.mark.parametrize(("height", "width", "options"), [
     (8, 8, {"n_win": 4, "topk": 3}),
     (6, 9, {"n_win": 3, "topk": 1, "scale": 0.7}),
+    (6, 9, {"n_win": 3, "topk": 2, "own_region": True}),
 ])  # fmt: skip
 def test_values_and_gradients(height, width, options):
     agree(functools.partial(dense, **options), arrays(height, width), *both(ops_op, **options))
@@ -104,6 +105,16 @@ def test_ragged_maps(height, width, n_win, topk):
     routing = agree(functools.partial(dense, ragged=True, **options), arrays(height, width), *checked)
     size, grid = bra.ragged_regions(height, width, n_win)
     assert routing.index.shape == (2, grid[0] * grid[1], topk) and size == (height // n_win, width // n_win)
+
+
+def test_own_regions_alone_are_windows():
+    q, k, v, _ = arrays(6, 8, qk=4, v=4)
+    cut = [bra.to_regions(x, (3, 4)) for x in (q, k, v)]
+    want = jax.vmap(lambda q, k, v: ops.softmax_attention(q, k, v, scale=8**-0.5, implementation="xla"), in_axes=1, out_axes=1)(*cut)
+    for op in (ops_op, bra.ragged_bilevel_routing_attention):
+        have, routing = op(q, k, v, n_win=2, topk=1, own_region=True)
+        np.testing.assert_array_equal(routing.index[..., 0], np.broadcast_to(np.arange(4), (2, 4)))
+        np.testing.assert_allclose(bra.to_regions(have, (3, 4)), want, atol=1e-6)
 
 
 def test_both_forms_agree_where_regions_divide():

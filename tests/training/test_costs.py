@@ -3,6 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnlab.models.flops import count_flops
+from attnlab.models.vit import ViT
+from attnlab.ops import dispatch
 from attnlab.training import costs, hlo
 
 RATES = costs.Rates(flops=1e12, bandwidth=1e11)
@@ -33,6 +36,21 @@ def test_a_scanned_model_costs_what_its_layers_cost():
     assert backward.flops == 3 * forward
     assert backward.bytes > 2 * layers * width * width * 4
     assert not backward.notes
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_model_counted_from_its_trace_from_its_program_and_by_xla(scan_layers):
+    options = {"softmax": {"causal": False, "rope": False, "proj_bias": True}}
+    sizes = {"dim": 512, "num_layers": 3, "num_heads": 8, "image_shape": (64, 64, 3), "num_classes": 10}
+    model = ViT(**sizes, mixer_options=options, scan_layers=scan_layers)
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    counted = count_flops(model.apply, variables, image)
+    with dispatch.portable():
+        lowered = jax.jit(model.apply).lower(variables, image)
+    assert costs.program_cost(hlo.parse(lowered.compiler_ir("hlo").as_hlo_text()), 1, RATES).flops == counted
+    if not scan_layers:  # XLA counts the body of a loop once, and elementwise work too
+        assert counted < lowered.cost_analysis()["flops"] < 1.05 * counted
 
 
 def test_nested_loops_multiply():

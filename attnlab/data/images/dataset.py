@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import numpy as np
 from attnlab.data import storage
 from attnlab.data.images import policy, transforms
 from attnlab.data.images.mixing import Mix
-from attnlab.data.images.sources import ImageSource, Reader, UnreadableImage, open_source
+from attnlab.data.images.sources import Example, ImageSource, Reader, UnreadableImage, open_source
 from attnlab.data.loader import Loader
 from attnlab.data.sources import checked_errors
 from attnlab.errors import ConfigError, field_error, nearest
@@ -44,7 +45,14 @@ class ImageData:
         self._source, self._augment = source, data.augment
         self._skip = checked_errors(config) == "skip"
         self._workers = int(data.workers)
-        self.name, self.fingerprint, self.splits = source.name, source.fingerprint, source.splits
+        self.name, self.fingerprint, self.splits = source.name, source.fingerprint, dict(source.splits)
+        self._fewer = int(storage.option(config, "train_examples", 0))
+        if self._fewer > self.splits["train"]:
+            problem = f"{self.name} has {self.splits['train']} images to learn from"
+            raise field_error("config.data.train_examples", self._fewer, problem, "Set at most that, or 0 for all")
+        if self._fewer:
+            self.splits["train"] = self._fewer
+            self.fingerprint = hashlib.sha256(f"{source.fingerprint} {self._fewer}".encode()).hexdigest()
         self.class_names = tuple(source.class_names)
         self.outputs = len(self.class_names)
         self.image_shape = image_shape(config)
@@ -87,7 +95,7 @@ class ImageData:
                 f"Use a multiple of {2 * shard_count}",
             )  # fmt: skip
         pipeline = self._training() if augment else self._evaluation()
-        reader = self._source.reader(split)
+        reader = self.reader(split)
         rows = ImageRows(reader, pipeline, self.image_shape, self.outputs, seed=seed, mix=mix, skip=self._skip)
         identity = {
             "data": self.name,
@@ -124,7 +132,8 @@ class ImageData:
 
     def reader(self, split: str) -> Reader:
         """Returns the images as they are, without transforms."""
-        return self._source.reader(split)
+        reader = self._source.reader(split)
+        return FewerImages(reader, self._fewer) if split == "train" and self._fewer else reader
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the names of the classes to `folder/classes.json`."""
@@ -177,6 +186,27 @@ class ImageData:
         if options.erase:
             steps.append(transforms.RandomErasing(float(options.erase)))
         return transforms.Pipeline(tuple(steps))
+
+
+class FewerImages:
+    """`count` images of a reader, spread evenly over it: of a set that is sorted by class, some of every class."""
+
+    def __init__(self, reader: Reader, count: int):
+        self._reader, self._count = reader, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _place(self, index: int) -> int:
+        return index * len(self._reader) // self._count
+
+    def read(self, index: int) -> Example:
+        """Returns an image."""
+        return self._reader.read(self._place(index))
+
+    def name(self, index: int) -> str:
+        """Returns how messages call an image."""
+        return self._reader.name(self._place(index))
 
 
 class ImageRows:

@@ -45,7 +45,7 @@ class RandAugment:
             chance, noise, sign = rng.random(), rng.standard_normal(), 1 if rng.random() < 0.5 else -1
             if chance >= self.probability:
                 continue
-            level = float(np.clip(self.strength + self.deviation * noise, 0.0, MAX_STRENGTH)) / MAX_STRENGTH
+            level = min(max(self.strength + self.deviation * noise, 0.0), MAX_STRENGTH) / MAX_STRENGTH
             picture = to_pillow(image) if picture is None else picture
             picture = OPERATIONS[names[index]](picture, level, sign, self.fill[0] if channels == 1 else tuple(self.fill))
         return image if picture is None else from_pillow(picture)

