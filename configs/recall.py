@@ -16,8 +16,8 @@ Presets (`--config=configs/recall.py:NAME`):
     smoke           mqar, a few steps: does everything work? Under a minute on two CPU cores, offline.
 
 Two layers of width 64, but for `reader`; the presets run for minutes on two CPU cores. With softmax attention mqar ends near an
-accuracy of 1 (chance is 1/8); a state of fixed size holds fewer pairs, a window reaches less far. Another difficulty is one field, as in
---config.data.mqar.num_pairs=8 or --config.data.long_range.gap=32; `attnlab/data/recall/tasks.py` says what each means.
+accuracy of 1 (chance is 1/8); a state of fixed size holds fewer pairs, a window reaches less far. Another difficulty is one
+field, as in --config.data.mqar.num_pairs=8 or --config.data.long_range.gap=32; `attnlab/data/recall/tasks.py` says what each means.
 
 Parts: tasks and TFDS builders `attnlab/data/recall`, task `language_modeling` (loss at the answers alone), model `lm` with any mixer
 (the linear ones with their short convolutions, without which one layer cannot join a key with the value after it), evaluation
