@@ -291,8 +291,8 @@ class TitansMAC(TitansMixer):
             empty = (jnp.zeros((batch, self.chunk_size, *shape[1:]), dtype),) * 2
             keys, values, count = empty, empty, None
         else:
-            state = starting(cache.seen, cache.memory, begin)
-            keys, values, count = cache.keys, cache.values, state.count
+            state, keys, values = starting(cache.seen, cache.memory, begin), cache.keys, cache.values
+            count = state.count
         carry = ((state.start, state.weights, state.momentum), keys, values)
         weights = (p, (begin.start, begin.weights, begin.momentum), (query, key, value, out), scales, front)
         carry, (y, loss), count = shard_rows(self.segments, weights, (carry, rows.x.astype(dtype), rows.ragged, count))
@@ -318,9 +318,8 @@ class TitansMAC(TitansMixer):
         """
         p, begin, (query, key, value, out), scales, front = weights
         carry, tokens, ragged, count = rows
-        dtype = tokens.dtype
+        dtype, slots = tokens.dtype, jnp.arange(self.chunk_size)
         visible_front = jnp.ones((1, 1, self.num_persistent), bool)
-        slots = jnp.arange(self.chunk_size)
 
         def merged(x):
             return x.reshape(*x.shape[:2], self.dim).astype(dtype)

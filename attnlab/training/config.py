@@ -145,6 +145,24 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     return restore(json.loads(text)).lock()
 
 
+def complete(saved: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Adds fields that are younger than a saved config, with their defaults; those of the model are the model's own."""
+    saved = saved.copy_and_resolve_references()
+
+    def fill(node: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict, prefix: str = "") -> None:
+        for key, value in defaults.items():
+            if prefix + key in ("model", "optimizer.groups"):
+                continue
+            if key not in node:
+                node[key] = value
+            elif isinstance(value, ml_collections.ConfigDict):
+                fill(node[key], value, f"{prefix}{key}.")
+
+    with saved.unlocked():
+        fill(saved, base(saved.task))
+    return saved.lock()
+
+
 def differences(saved: ml_collections.ConfigDict, present: ml_collections.ConfigDict) -> list[tuple[str, Any, Any]]:
     """Returns (field, saved value, present value) of every difference that changes what a step computes.
 

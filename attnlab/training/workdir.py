@@ -79,14 +79,14 @@ def facts(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_config(workdir: str) -> ml_collections.ConfigDict:
-    """Reads `<workdir>/config.json`.
+    """Reads `<workdir>/config.json`; fields that are younger than the run get their defaults.
 
     Raises:
         ConfigError: there is no run in the folder.
     """
     file = pathlib.Path(workdir) / CONFIG_FILE
     try:
-        return config_lib.from_json(file.read_text(encoding="utf-8"))
+        return config_lib.complete(config_lib.from_json(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(f"--workdir={workdir} holds no run ({CONFIG_FILE} is missing). Train one first.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

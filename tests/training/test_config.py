@@ -102,6 +102,18 @@ def test_json_round_trip_keeps_every_field(tiny):
     assert config_lib.differences(config, again) == []
 
 
+def test_fields_that_are_younger_than_a_run_get_their_defaults(tiny):
+    saved = tiny.copy_and_resolve_references()
+    saved.unlock()
+    del saved.ema_decay, saved.optimizer.eps, saved.optimizer.groups.vectors, saved.model.dropout, saved.sharding_rules
+    saved.batch_size = 7
+    have = config_lib.complete(saved)
+    assert (have.ema_decay, have.optimizer.eps, have.batch_size) == (0.0, 1e-8, 7)
+    assert have.sharding_rules == config_lib.SHARDING_RULES
+    assert "vectors" not in have.optimizer.groups and "dropout" not in have.model
+    assert "ema_decay" not in saved
+
+
 def test_only_fields_that_change_a_step_count_as_differences(tiny):
     old, new = tiny(), tiny(num_train_steps=99, log_every_steps=7, **{"mesh.fsdp": 1, "model.remat": "full"})
     assert config_lib.differences(old, new) == []
