@@ -103,7 +103,7 @@ def test_json_round_trip_keeps_every_field(tiny):
 
 
 def test_fields_that_are_younger_than_a_run_get_their_defaults(tiny):
-    saved = tiny.copy_and_resolve_references()
+    saved = tiny().copy_and_resolve_references()
     saved.unlock()
     del saved.ema_decay, saved.optimizer.eps, saved.optimizer.groups.vectors, saved.model.dropout, saved.sharding_rules
     saved.batch_size = 7
